@@ -1,0 +1,229 @@
+"""Settings: one tree of checked sections, one function that builds it for CLI, YAML and Tune trials."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepseek_ray.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings; unknown names are errors, values are checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class DataConfig(Section):
+    """Where events come from and how days are split. All days are UTC."""
+
+    source: str = Field("synthetic", description="'synthetic', or a folder of handbook-shaped parquet")
+    num_customers: int = Field(1_000, ge=1)
+    num_terminals: int = Field(2_000, ge=1)
+    start_date: str = "2026-01-01"
+    num_days: int = Field(120, ge=1)
+    train_days: int = Field(60, ge=1)
+    holdout_days: int = Field(7, ge=1)
+    replay_days: int = Field(7, ge=0)
+    label_delay_days: float = Field(7.0, ge=0)
+    drift: str = Field("none", description="name of a drift preset of data/transactions.py")
+
+
+class FeatureConfig(Section):
+    """Which vector the model reads."""
+
+    vector: Literal["default", "wide", "handbook"] = "default"
+    sequence_len: int = Field(16, ge=0, le=128, description="card's recent events fed to attention")
+
+
+class ModelConfig(Section):
+    """Shape of the Mixture-of-Experts risk model."""
+
+    d_model: int = Field(64, ge=8)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_experts: int = Field(8, ge=1)
+    num_shared_experts: int = Field(1, ge=0)
+    top_k: int = Field(2, ge=1)
+    d_expert: int = Field(64, ge=8)
+    num_bins: int = Field(16, ge=2, description="piecewise-linear bins a numeric feature")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    router_bias_rate: float = Field(1e-3, ge=0, description="step of aux-loss-free load balancing")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"model.top_k={self.top_k} must be <= model.num_experts={self.num_experts}")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"model.d_model={self.d_model} must be a multiple of model.num_heads={self.num_heads}")
+        return self
+
+
+class TrainConfig(Section):
+    """Optimisation and its spread over workers."""
+
+    epochs: int = Field(6, ge=1)
+    batch_size: int = Field(1024, ge=1, description="samples a step over all workers")
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    negative_rate: float = Field(0.25, gt=0, le=1, description="share of genuine rows kept an epoch; logits are corrected")
+    num_workers: int = Field(2, ge=0, description="Ray Train workers; 0 runs in this process")
+    threads_per_worker: int = Field(1, ge=1)
+    checkpoint_every: int = Field(1, ge=1, description="epochs between checkpoints")
+    ablation: bool = Field(True, description="also train a dense model of equal active size")
+
+
+class GateConfig(Section):
+    """Bounds of the promotion gate; relative bounds compare with the champion."""
+
+    max_average_precision_drop: float = Field(0.0, ge=0, le=1, description="relative")
+    max_cp100_drop: float = Field(0.0, ge=0, le=1, description="relative")
+    max_calibration_error: float = Field(0.02, gt=0, description="expected calibration error, absolute")
+    max_p99_ms: float = Field(20.0, gt=0, description="one-row scoring time")
+    max_forgetting: float = Field(0.02, ge=0, le=1, description="relative loss of average precision on older patterns")
+
+
+class UpdateConfig(Section):
+    """Incremental update of the champion."""
+
+    replay_fraction: float = Field(0.5, ge=0, lt=1, description="share of old rows in each batch")
+    epochs: int = Field(4, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    min_labels: int = Field(50, ge=1)
+
+
+class ServingConfig(Section):
+    """HTTP service. The API key comes from the environment, never from here."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+    api_key_env: str = "DEEPSEEK_RAY_API_KEY"
+    max_batch_size: int = Field(64, ge=1)
+    max_queued_requests: int = Field(2_000, ge=1)
+    max_body_bytes: int = Field(4 << 20, ge=1_024)
+    max_transactions: int = Field(1_000, ge=1, description="transactions a request")
+    max_future_skew_s: float = Field(300.0, ge=0)
+    poll_registry_s: float = Field(2.0, gt=0)
+    alert_rate: float = Field(0.005, gt=0, lt=1, description="share of transactions a day that may be reviewed")
+
+
+class StoreConfig(Section):
+    """Stores; empty strings mean the embedded default inside the run folder."""
+
+    tracking_uri: str = Field("", description="MLflow tracking and registry URI, absolute")
+    online_store: str = Field("", description="redis://host:port, else SQLite in the run folder")
+    artifact_root: str = Field("", description="s3://bucket/prefix, else a folder in the run folder")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    seed: int = Field(0, ge=0)
+    model_name: str = Field("risk", pattern=r"^[a-z][a-z0-9_-]{0,62}$")
+    data: DataConfig = Field(default_factory=DataConfig)
+    features: FeatureConfig = Field(default_factory=FeatureConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+    update: UpdateConfig = Field(default_factory=UpdateConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
+    stores: StoreConfig = Field(default_factory=StoreConfig)
+
+
+def build_config(
+    base: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> Config:
+    """Build a config from a base mapping, then a YAML file, then ``a.b=value`` overrides.
+
+    Args:
+        base: nested settings, for example a preset.
+        file: YAML file of nested settings.
+        overrides: ``["train.lr=1e-3", ...]`` or ``{"train.lr": 1e-3}``.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one) or a value out of range.
+    """
+    tree: dict[str, Any] = _flatten(base or {})
+    if file is not None:
+        tree.update(_flatten(_read_yaml(file)))
+    tree.update(_parse_overrides(overrides))
+    known = known_keys()
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"Unknown setting {key!r} (value {tree[key]!r}).", fix=f"did you mean {near[0]!r}?")
+    try:
+        return Config.model_validate(_nest(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"Setting {field!r} = {first.get('input')!r}: {first['msg']}.", fix="give a value in range") from error
+
+
+def known_keys() -> list[str]:
+    """All dotted setting names."""
+    return list(_flatten(Config().model_dump()))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Config file {str(file)!r} cannot be read: {error}.", fix="give a UTF-8 YAML file") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"Config file {str(file)!r} holds a {type(loaded).__name__}.", fix="make its top level a mapping")
+    return loaded
+
+
+def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(overrides, Mapping):
+        return _flatten(overrides)
+    parsed: dict[str, Any] = {}
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"Override {item!r} has no '='.", fix="write it as section.name=value")
+        parsed[key.strip()] = _scalar(value)
+    return parsed
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return str(value) if not isinstance(value, bool | int | float | list | type(None)) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

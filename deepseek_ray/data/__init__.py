@@ -1,0 +1,1 @@
+"""Events, tables, features and datasets."""

@@ -1,0 +1,132 @@
+"""Every error that deepseek_ray raises on purpose.
+
+    DeepseekRayError
+    ├── ConfigError            a setting is unknown or out of range
+    ├── DataError              input data cannot be used
+    │   ├── SchemaError        a column is missing or has the wrong type
+    │   └── IngestError        a file is empty, unreadable or wholly invalid
+    ├── FeatureError           features cannot be computed, stored or served
+    │   └── StaleEventError    an event is older than its card's last event
+    ├── CheckpointError        a checkpoint is torn, tampered with or missing
+    ├── ModelFormatError       a saved model does not match its own description
+    ├── RegistryError          the registry refused or is unavailable
+    │   ├── RegistryUnavailableError
+    │   ├── GateRefusedError   a version did not pass the promotion gate
+    │   └── ProtectedVersionError  the version stands behind an alias
+    ├── ServingError           a request cannot be served
+    │   ├── RequestError       the request is wrong (HTTP 4xx)
+    │   └── OverloadedError    the queue is full (HTTP 429)
+    └── EnvironmentProblemError  a port, disk, tool or credential is not usable
+
+Each message names the field, its present value and the fix. All of them pickle, because Ray
+moves exceptions between processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DeepseekRayError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: what went wrong, with the field and its value.
+        fix: what the reader can do about it, one sentence.
+    """
+
+    def __init__(self, message: str, *, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message} Fix: {self.fix}" if self.fix else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.__dict__)
+
+
+def _rebuild(cls: type[DeepseekRayError], message: str, state: dict[str, Any]) -> DeepseekRayError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(DeepseekRayError):
+    """A setting is unknown or out of range."""
+
+
+class DataError(DeepseekRayError):
+    """Input data cannot be used."""
+
+
+class SchemaError(DataError):
+    """A column is missing or has the wrong type."""
+
+
+class IngestError(DataError):
+    """A file is empty, unreadable or wholly invalid."""
+
+
+class FeatureError(DeepseekRayError):
+    """Features cannot be computed, stored or served."""
+
+
+class StaleEventError(FeatureError):
+    """An event is older than its card's last event."""
+
+
+class CheckpointError(DeepseekRayError):
+    """A checkpoint is torn, tampered with or missing."""
+
+
+class ModelFormatError(DeepseekRayError):
+    """A saved model does not match its own description."""
+
+
+class RegistryError(DeepseekRayError):
+    """The model registry refused, or is unavailable."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """The tracking store is missing, locked or not answering."""
+
+
+class GateRefusedError(RegistryError):
+    """A model version did not pass the promotion gate."""
+
+
+class ProtectedVersionError(RegistryError):
+    """A model version stands behind an alias and may not be deleted."""
+
+
+class ServingError(DeepseekRayError):
+    """A request cannot be served."""
+
+
+class RequestError(ServingError):
+    """The request is wrong; carries what an HTTP problem body (RFC 9457) needs.
+
+    Args:
+        message: human-readable detail.
+        status: HTTP status code, 400-499.
+        kind: short machine-readable problem type, e.g. ``"invalid-field"``.
+        field: dotted path of the offending field, or "".
+        fix: what the client can do about it.
+    """
+
+    def __init__(self, message: str, *, status: int = 422, kind: str = "invalid-request", field: str = "", fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.status = status
+        self.kind = kind
+        self.field = field
+
+
+class OverloadedError(ServingError):
+    """The request queue is full; retry later."""
+
+
+class EnvironmentProblemError(DeepseekRayError):
+    """A port, disk, tool or credential is not usable."""

@@ -1,0 +1,36 @@
+"""Logging: one format, UTC times, nothing private."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+QUIET_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "FEAST_USAGE": "False",
+}
+"""Set before mlflow, ray or feast are imported, and passed on in every runtime_env: none may phone home."""
+
+
+def silence_telemetry() -> None:
+    """Switch off telemetry of the libraries we use; a value already set wins."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return a logger below ``deepseek_ray`` that writes ``time level name: message`` to stderr."""
+    root = logging.getLogger("deepseek_ray")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("DEEPSEEK_RAY_LOG_LEVEL", "INFO").upper())
+        root.propagate = False
+    return root.getChild(name.removeprefix("deepseek_ray."))

@@ -1,0 +1,1 @@
+"""What is computed: adapters, attention, experts, heads. No collectives, no Ray."""

@@ -1,0 +1,1 @@
+"""Pure decisions of the live loop: replay, update, gate, drift, threshold."""

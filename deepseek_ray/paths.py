@@ -1,0 +1,105 @@
+"""Where a run keeps its files. One folder a run; everything embedded lives below it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_ray.errors import EnvironmentProblemError
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Locations below one run folder."""
+
+    root: Path
+
+    @property
+    def tracking_uri(self) -> str:
+        """Absolute SQLite URI of the embedded MLflow store."""
+        return f"sqlite:///{self.root.resolve() / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        """Embedded MLflow artifact root."""
+        return self.root / "artifacts"
+
+    @property
+    def transactions(self) -> Path:
+        """Parquet table of ingested transactions."""
+        return self.root / "transactions.parquet"
+
+    @property
+    def quarantine(self) -> Path:
+        """Rejected input rows with their reasons."""
+        return self.root / "quarantine.parquet"
+
+    @property
+    def feature_store(self) -> Path:
+        """Feast repository of the run: registry, offline parquet, online SQLite."""
+        return self.root / "feature_store"
+
+    @property
+    def prediction_log(self) -> Path:
+        """SQLite (WAL) log of predictions and feedback."""
+        return self.root / "predictions.db"
+
+    @property
+    def prediction_archive(self) -> Path:
+        """Compacted parquet of the prediction log."""
+        return self.root / "predictions"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def report_html(self) -> Path:
+        """Self-contained report."""
+        return self.root / "report.html"
+
+    @property
+    def report_json(self) -> Path:
+        """Every number of the report."""
+        return self.root / "report.json"
+
+    def create(self) -> RunPaths:
+        """Make the folder and check that it can be written.
+
+        Raises:
+            EnvironmentProblemError: the disk is read-only or full.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".write-probe"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise EnvironmentProblemError(
+                f"The run folder {str(self.root)!r} cannot be written: {error.strerror}.",
+                fix="free space, change permissions or choose another --run folder",
+            ) from error
+        return self
+
+
+def runs_root() -> Path:
+    """Folder that holds all runs: DEEPSEEK_RAY_RUNS, else ./runs."""
+    return Path(os.environ.get("DEEPSEEK_RAY_RUNS", "runs"))
+
+
+def resolve_run(run: str | Path | None) -> RunPaths:
+    """The run named by the argument, else DEEPSEEK_RAY_RUN, else runs/latest."""
+    chosen = run or os.environ.get("DEEPSEEK_RAY_RUN") or runs_root() / "latest"
+    return RunPaths(Path(chosen).resolve())
+
+
+def mark_latest(paths: RunPaths) -> None:
+    """Point runs/latest at the run, atomically."""
+    link = runs_root() / "latest"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    fresh = link.with_name(f".latest-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(paths.root.resolve(), link.parent.resolve()))
+    os.replace(fresh, link)

@@ -1,0 +1,1 @@
+"""Serving logic without HTTP frameworks: batching, prediction, authentication."""

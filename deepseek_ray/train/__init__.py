@@ -1,0 +1,1 @@
+"""Training: the pure step, optimiser, checkpoints, and the door to Ray Train."""
