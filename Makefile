@@ -1,0 +1,46 @@
+# Two commands to know: `make demo` and `make test`. Both build .venv first when it is missing or out of date.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Without .pyc files every Ray worker would compile torch and ray again at start.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full lint bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+install: $(STAMP) ## build .venv with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: run make PYTHON=/path/to/python3.11 again" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	-@$(BIN)/python -m compileall -q -q -j 0 .venv/lib deepseek_ray kernels pipelines serve_apps features tune_spaces
+	@touch $(STAMP)
+
+demo: $(STAMP) ## run the card-fraud loop from events to an updated live model
+	$(BIN)/python -m pipelines.risk.demo $(ARGS)
+
+test: $(STAMP) ## all tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not bench' $(ARGS)
+
+test-full: $(STAMP) ## all tests of this machine
+	$(BIN)/python -m pytest -m 'not bench' $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## measure; prints a table for each benchmark
+	$(BIN)/python -m pytest tests/bench -m bench -s $(ARGS)
+
+clean: ## remove .venv, caches and build output; runs/ holds your results and stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

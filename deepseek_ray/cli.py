@@ -1,0 +1,155 @@
+"""The ``deepseek-ray`` command: one verb for each thing a user does.
+
+Verbs that are programs of the repository (``pipelines/``, ``serve_apps/``) start by name in a subprocess and get
+every argument after the verb. The others run here; what they need is imported when they are called, so that
+``--help`` stays instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deepseek_ray import __version__
+from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError
+
+PROGRAMS: dict[str, tuple[str, str]] = {
+    "ingest": ("pipelines.risk.ingest", "read, check and store transactions"),
+    "train": ("pipelines.risk.train", "features, training, yardsticks, registration"),
+    "tune": ("pipelines.risk.tune", "search hyperparameters"),
+    "serve": ("serve_apps.risk", "answer decisions over HTTP"),
+    "replay": ("pipelines.risk.replay", "play held-out days against the service"),
+    "update": ("pipelines.risk.update", "warm-start a challenger, gate it, promote it"),
+    "handbook": ("pipelines.risk.handbook", "the published protocol on handbook-shaped parquet"),
+    "demo": ("pipelines.risk.demo", "the whole loop, a quarter of an hour"),
+}
+"""Verb -> (module, one line of help)."""
+
+EXIT_REFUSED = 2
+"""Exit status of an error that was raised on purpose."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(arguments))
+
+
+def guarded(program: Callable[[], int | None]) -> int:
+    """Run a program; an error raised on purpose becomes one line on stderr and exit status 2.
+
+    ``pipelines`` and ``serve_apps`` wrap their ``main`` in it too, so that a subprocess reports like the CLI.
+    """
+    from deepseek_ray.logs import silence_telemetry
+
+    silence_telemetry()
+    try:
+        return program() or 0
+    except DeepseekRayError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_REFUSED
+    except BrokenPipeError:  # the reader of stdout left, as in `deepseek-ray doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EACCES):
+            raise
+        print(f"error: {error.filename or 'The disk'}: {error.strerror}. Fix: see deepseek-ray doctor", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def checkout_root() -> Path | None:
+    """The repository's root: the working directory or a parent of it, else where an editable install points to."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (folder / "pipelines" / "risk").is_dir() and (folder / "deepseek_ray").is_dir():
+            return folder
+    return None
+
+
+def start_program(verb: str, arguments: Sequence[str]) -> int:
+    """Start the program behind a verb and wait for it; SIGTERM is passed on.
+
+    Raises:
+        EnvironmentProblemError: the command runs outside a checkout.
+    """
+    module = PROGRAMS[verb][0]
+    root = checkout_root()
+    if root is None:
+        raise EnvironmentProblemError(
+            f"'deepseek-ray {verb}' starts the program {module!r}, which is part of the repository, not of the wheel.",
+            fix="change into a checkout of the repository and try again",
+        )
+    search = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    environment = {"DEEPSEEK_RAY_RUNS": str(root / "runs"), **os.environ, "PYTHONPATH": search}
+    with subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment) as child:
+        previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in PROGRAMS:
+        return start_program(arguments[0], arguments[1:])
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    status: int = options.run_verb(options)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser with every verb."""
+    parser = argparse.ArgumentParser(
+        prog="deepseek-ray",
+        description="event -> features -> train -> register -> promote -> serve -> feedback -> update",
+        epilog="Each verb answers --help. Settings: --preset NAME, --config FILE.yaml, --set section.name=value.",
+    )
+    parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_doctor(verbs)
+    for verb, (_, summary) in PROGRAMS.items():
+        verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
+    return parser
+
+
+def _add_doctor(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser("doctor", help="what works here, and the fix for what does not")
+    verb.add_argument("--json", action="store_true", help="print the checks as JSON")
+    verb.add_argument("--run", help="run folder (default: runs/latest)")
+    add_settings(verb)
+    verb.set_defaults(run_verb=_doctor)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the three arguments by which every program takes settings: a preset, a YAML file, overrides."""
+    parser.add_argument("--preset", default="demo", help="named settings of deepseek_ray/presets.py (default: demo)")
+    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.NAME=VALUE", help="one setting"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from deepseek_ray import doctor
+    from deepseek_ray.paths import resolve_run
+    from deepseek_ray.presets import load_preset
+
+    config = load_preset(options.preset, file=options.config, overrides=options.overrides)
+    checks = doctor.examine(config, resolve_run(options.run))
+    print(doctor.to_json(checks) if options.json else doctor.to_table(checks))
+    return 1 if any(check.state == "broken" for check in checks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
