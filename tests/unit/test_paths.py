@@ -1,0 +1,35 @@
+"""Where a run keeps its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deepseek_ray.errors import EnvironmentProblemError
+from deepseek_ray.paths import RunPaths, mark_latest, resolve_run, runs_root
+
+
+def test_latest_moves_to_the_newest_run(tmp_path: Path) -> None:
+    first, second = (RunPaths(runs_root() / name).create() for name in ("a", "b"))
+    for paths in (first, second):
+        mark_latest(paths)
+        assert resolve_run(None).root == paths.root.resolve()
+    assert sorted(path.name for path in runs_root().iterdir()) == ["a", "b", "latest"]
+
+
+def test_the_argument_beats_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_RUN", str(tmp_path / "named"))
+    assert resolve_run(None).root == tmp_path / "named"
+    assert resolve_run(tmp_path / "given").root == tmp_path / "given"
+
+
+def test_a_folder_that_cannot_be_made_is_reported_with_a_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblemError, match=r"cannot be written: Not a directory.*Fix: free space"):
+        RunPaths(tmp_path / "file" / "run").create()
+
+
+def test_the_tracking_uri_is_absolute_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunPaths(Path("run")).tracking_uri == f"sqlite:///{tmp_path}/run/mlflow.db"
