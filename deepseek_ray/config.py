@@ -32,6 +32,9 @@ class DataConfig(Section):
     replay_days: int = Field(7, ge=0)
     label_delay_days: float = Field(7.0, ge=0)
     drift: str = Field("none", description="name of a drift preset of data/transactions.py")
+    drift_start_day: int | None = Field(
+        None, ge=0, description="day of the data on which the drift preset's day 0 falls; null: the first replay day"
+    )
 
 
 class FeatureConfig(Section):
@@ -73,7 +76,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    negative_rate: float = Field(0.25, gt=0, le=1, description="share of genuine rows kept an epoch; logits are corrected")
+    negative_rate: float = Field(
+        0.25, gt=0, le=1, description="share of genuine rows kept an epoch; logits are corrected"
+    )
     num_workers: int = Field(2, ge=0, description="Ray Train workers; 0 runs in this process")
     threads_per_worker: int = Field(1, ge=1)
     checkpoint_every: int = Field(1, ge=1, description="epochs between checkpoints")
@@ -167,7 +172,9 @@ def build_config(
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"Setting {field!r} = {first.get('input')!r}: {first['msg']}.", fix="give a value in range") from error
+        raise ConfigError(
+            f"Setting {field!r} = {first.get('input')!r}: {first['msg']}.", fix="give a value in range"
+        ) from error
 
 
 def known_keys() -> list[str]:
@@ -179,9 +186,13 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Config file {str(file)!r} cannot be read: {error}.", fix="give a UTF-8 YAML file") from error
+        raise ConfigError(
+            f"Config file {str(file)!r} cannot be read: {error}.", fix="give a UTF-8 YAML file"
+        ) from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"Config file {str(file)!r} holds a {type(loaded).__name__}.", fix="make its top level a mapping")
+        raise ConfigError(
+            f"Config file {str(file)!r} holds a {type(loaded).__name__}.", fix="make its top level a mapping"
+        )
     return loaded
 
 
