@@ -85,8 +85,15 @@ class RunPaths:
 
 
 def runs_root() -> Path:
-    """Folder that holds all runs: DEEPSEEK_RAY_RUNS, else ./runs."""
-    return Path(os.environ.get("DEEPSEEK_RAY_RUNS", "runs"))
+    """Folder that holds all runs: DEEPSEEK_RAY_RUNS, else ./runs; ~/deepseek-ray/runs in a submitted Ray job.
+
+    Ray unpacks a job's working_dir into its temporary folder and removes it later: results must not live there.
+    """
+    if named := os.environ.get("DEEPSEEK_RAY_RUNS"):
+        return Path(named)
+    if any(part.startswith("_ray_pkg_") for part in Path.cwd().parts):
+        return Path.home() / "deepseek-ray" / "runs"
+    return Path("runs")
 
 
 def resolve_run(run: str | Path | None) -> RunPaths:

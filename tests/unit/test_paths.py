@@ -33,3 +33,15 @@ def test_a_folder_that_cannot_be_made_is_reported_with_a_fix(tmp_path: Path) -> 
 def test_the_tracking_uri_is_absolute_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert RunPaths(Path("run")).tracking_uri == f"sqlite:///{tmp_path}/run/mlflow.db"
+
+
+def test_a_submitted_job_keeps_its_runs_outside_its_working_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = tmp_path / "runtime_resources" / "_ray_pkg_0123456789abcdef"
+    unpacked.mkdir(parents=True)
+    monkeypatch.delenv("DEEPSEEK_RAY_RUNS")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert runs_root() == Path("runs")
+    monkeypatch.chdir(unpacked)
+    assert runs_root() == tmp_path / "home" / "deepseek-ray" / "runs"

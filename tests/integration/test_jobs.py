@@ -1,0 +1,134 @@
+"""``ray job submit --working-dir .`` against a cluster that asks every client for its token."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+START_TIMEOUT_S = 180
+JOB_TIMEOUT_S = 300
+
+pytestmark = pytest.mark.timeout(START_TIMEOUT_S + JOB_TIMEOUT_S)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running head node."""
+
+    address: str
+    environment: dict[str, str]
+    runs: Path
+
+    def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the repository as a job and wait for its end."""
+        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs)}})
+        line = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--runtime-env-json", runtime]
+        return subprocess.run(
+            [*line, "--working-dir", ".", "--", *command],
+            cwd=ROOT,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=JOB_TIMEOUT_S,
+        )
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("jobs")
+    token = folder / "token"
+    token.write_text(secrets.token_hex(16))
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path has at most 107 characters
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    for name in ("RAY_ADDRESS", "DEEPSEEK_RAY_RUNS", "DEEPSEEK_RAY_RUN"):
+        environment.pop(name, None)
+    gcs, dashboard, client, agent = free_ports(4)
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    log = (folder / "head.log").open("w")
+    head = subprocess.Popen(
+        [*command, f"--temp-dir={temporary}"], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for_jobs_api(address, token.read_text(), head)
+        yield Cluster(address, environment, folder / "runs")
+    finally:
+        head.terminate()
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            head.kill()
+        log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def wait_for_jobs_api(address: str, token: str, head: subprocess.Popen[bytes]) -> None:
+    """Return once the cluster lists its jobs to a client with the token."""
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and head.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"the head node did not answer (exit status {head.poll()})")
+
+
+def test_a_client_without_the_token_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+    refusal.value.close()
+    assert refusal.value.code == 401
+    wrong = cluster.submit("true", RAY_AUTH_TOKEN="0" * 32)
+    assert wrong.returncode != 0
+    assert "invalid" in (wrong.stdout + wrong.stderr).lower()
+
+
+def test_only_the_programs_travel(cluster: Cluster) -> None:
+    seen = cluster.submit("python", "-c", "import os, deepseek_ray as d; print(os.listdir(), d.__file__)")
+    assert seen.returncode == 0, seen.stdout + seen.stderr
+    line = next(line for line in seen.stdout.splitlines() if line.startswith("["))
+    assert "_ray_pkg_" in line
+    for name in ("'pipelines'", "'deepseek_ray'", "'features'", "'kernels'"):
+        assert name in line
+    for name in ("'.venv'", "'.git'", "'runs'", "'tests'"):
+        assert name not in line
+
+
+def test_the_loop_runs_as_jobs(cluster: Cluster) -> None:
+    run = cluster.runs / "job"
+    for verb in ("ingest", "train"):
+        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", "--preset", "debug", "--run", str(run))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "succeeded" in done.stdout
+    assert (run / "transactions.parquet").is_file()
+    assert (run / "mlflow.db").is_file()
