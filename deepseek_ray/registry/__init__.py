@@ -1,0 +1,46 @@
+"""Runs, versions and promotions: the only door to MLflow."""
+
+import os
+import warnings
+
+from deepseek_ray.logs import silence_telemetry
+
+silence_telemetry()
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # MLflow warns about type hints of its own classes
+    import mlflow.pyfunc  # noqa: F401
+
+# ruff: noqa: E402  the environment above must be set before MLflow is imported
+from deepseek_ray.registry.audit import AuditEntry
+from deepseek_ray.registry.package import InputSchema, Package, Probes, load_package
+from deepseek_ray.registry.tracking import Run, Tracking, check_store, git_commit
+from deepseek_ray.registry.versions import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Lineage,
+    Registry,
+    VersionInfo,
+    VersionLineage,
+)
+
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "PREVIOUS",
+    "AuditEntry",
+    "InputSchema",
+    "Lineage",
+    "Package",
+    "Probes",
+    "Registry",
+    "Run",
+    "Tracking",
+    "VersionInfo",
+    "VersionLineage",
+    "check_store",
+    "git_commit",
+    "load_package",
+]
