@@ -1,0 +1,140 @@
+"""The API's description, generated from the pydantic records, and a page that shows it without any other host."""
+
+from __future__ import annotations
+
+import html
+import json
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from deepseek_ray.data.events import Feedback, Prediction, Transaction
+from deepseek_ray.serving.wire import ThresholdChange
+
+OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
+"""Routes that ask for no key."""
+
+_PROBLEMS = {
+    "400": "The body is not JSON.",
+    "401": "The API key is missing or wrong.",
+    "404": "The prediction is unknown.",
+    "409": "A stale event, a transaction id with another content, or a label that contradicts an earlier one.",
+    "413": "Too many records or bytes.",
+    "422": "A field is missing, unknown, of the wrong type or out of range.",
+    "429": "The queue is full; Retry-After says when to come back.",
+    "503": "A store is not usable; Retry-After says when to come back.",
+}
+_BODY_PROBLEMS = ("400", "401", "409", "413", "422", "429", "503")
+_ROUTES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
+    ("/v1/risk/score", "post", "Score one transaction, or many in order", "score", _BODY_PROBLEMS),
+    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent", "feedback", ("404", *_BODY_PROBLEMS)),
+    ("/v1/risk/threshold", "post", "Change the live version's decision threshold", "threshold", _BODY_PROBLEMS),
+    ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401",)),
+    ("/healthz", "get", "The process is alive", "", ()),
+    ("/readyz", "get", "The service takes traffic", "", ("503",)),
+    ("/metrics", "get", "Prometheus metrics", "", ("401",)),
+)
+
+
+@cache
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1 document of the service."""
+    models = (Transaction, Prediction, Feedback, ThresholdChange)
+    template = "#/components/schemas/{model}"
+    _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=template)
+    schemas = {**definitions["$defs"], **_wrappers()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "deepseek_ray risk service", "version": "1"},
+        "security": [{"key": []}, {"bearer": []}],
+        "paths": {path: {method: _operation(*rest, path=path)} for path, method, *rest in _ROUTES},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "bearer": {"type": "http", "scheme": "bearer"},
+            },
+        },
+    }
+
+
+def _operation(summary: Any, body: Any, problems: Any, *, path: str) -> dict[str, Any]:
+    done = {"200": {"description": "Done.", **_content(_ANSWERS.get(body))}}
+    operation: dict[str, Any] = {"summary": summary, "responses": done | {code: _problem(code) for code in problems}}
+    if body:
+        operation["requestBody"] = {"required": True, **_content(_BODIES[body])}
+    if path in OPEN_ROUTES:
+        operation["security"] = []
+    return operation
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _list(key: str, name: str) -> dict[str, Any]:
+    items = {"type": "array", "minItems": 1, "items": _ref(name)}
+    return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: items}}
+
+
+_BODIES: dict[str, Any] = {
+    "score": {"oneOf": [_ref("Transaction"), _list("transactions", "Transaction")]},
+    "feedback": {"oneOf": [_ref("Feedback"), _list("feedback", "Feedback")]},
+    "threshold": _ref("ThresholdChange"),
+}
+_ANSWERS: dict[str, Any] = {
+    "score": {"oneOf": [_ref("Prediction"), _list("predictions", "Prediction")]},
+    "feedback": _ref("FeedbackAnswer"),
+}
+
+
+def _wrappers() -> dict[str, Any]:
+    count = {"type": "integer", "minimum": 0}
+    return {
+        "FeedbackAnswer": {"type": "object", "properties": {"accepted": count, "repeated": count}},
+        "Problem": {
+            "type": "object",
+            "description": "RFC 9457 problem details",
+            "properties": {name: {"type": "string"} for name in ("type", "title", "detail", "field", "fix")}
+            | {name: {"type": "integer"} for name in ("status", "error_count")}
+            | {"errors": {"type": "array", "items": {"type": "object"}}},
+        },
+    }
+
+
+def _content(schema: Any) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": schema}}} if schema else {}
+
+
+def _problem(code: str) -> dict[str, Any]:
+    return {"description": _PROBLEMS[code], "content": {"application/problem+json": {"schema": _ref("Problem")}}}
+
+
+@cache
+def page() -> str:
+    """The description as one HTML page without scripts or foreign resources."""
+    routes = [_route_html(path, *entry) for path, item in document()["paths"].items() for entry in item.items()]
+    schemas = [_folded(name, schema) for name, schema in document()["components"]["schemas"].items()]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>deepseek_ray risk service</title><style>"
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "pre{background:#f4f4f4;padding:.7rem;overflow:auto}code{background:#f4f4f4}td{padding:.1rem .8rem .1rem 0}"
+        "</style></head><body><h1>deepseek_ray risk service</h1><p>Send the API key as <code>X-API-Key</code> or "
+        "<code>Authorization: Bearer</code>. The same as data: <a href='/openapi.json'>openapi.json</a>.</p>"
+        f"{''.join(routes)}<h2>Records</h2>{''.join(schemas)}</body></html>"
+    )
+
+
+def _route_html(path: str, method: str, operation: dict[str, Any]) -> str:
+    answers = operation["responses"].items()
+    rows = "".join(f"<tr><td>{code}</td><td>{html.escape(answer['description'])}</td></tr>" for code, answer in answers)
+    body = operation.get("requestBody")
+    shown = _folded("Body", body["content"]["application/json"]["schema"]) if body else ""
+    title = f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(operation['summary'])}</p>"
+    return f"{title}{shown}<table>{rows}</table>"
+
+
+def _folded(title: str, schema: Any) -> str:
+    text = html.escape(json.dumps(schema, indent=2, ensure_ascii=False))
+    return f"<details><summary>{html.escape(title)}</summary><pre>{text}</pre></details>"

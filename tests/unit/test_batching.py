@@ -1,0 +1,131 @@
+"""Batches form when the worker is idle, up to a cap, and one bad item harms no other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from deepseek_ray.errors import OverloadedError
+from deepseek_ray.serving.batching import Batcher
+
+
+class Work:
+    """Doubles numbers; waits while the gate is shut; notes each batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.started = threading.Event()
+        self.gate = threading.Event()
+
+    def __call__(self, items: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(items))
+        self.started.set()
+        assert self.gate.wait(10)
+        return [ValueError(str(item)) if item < 0 else 2 * item for item in items]
+
+
+async def _first_then(batcher: Batcher[int, int], work: Work, items: Sequence[int]) -> list[int | BaseException]:
+    first = asyncio.create_task(batcher.submit(0))
+    await asyncio.to_thread(work.started.wait, 10)
+    rest = [asyncio.create_task(batcher.submit(item)) for item in items]
+    await asyncio.sleep(0.01)
+    work.gate.set()
+    return list(await asyncio.gather(first, *rest, return_exceptions=True))
+
+
+def test_what_waits_becomes_one_batch_up_to_the_cap() -> None:
+    work = Work()
+    batcher = Batcher[int, int](work, max_batch_size=3, max_queued=100)
+    assert asyncio.run(_first_then(batcher, work, [1, 2, 3, 4, 5])) == [0, 2, 4, 6, 8, 10]
+    batcher.close()
+    assert work.batches == [[0], [1, 2, 3], [4, 5]]
+
+
+def test_one_failing_item_fails_alone() -> None:
+    work = Work()
+    batcher = Batcher[int, int](work, max_batch_size=8, max_queued=100)
+    results = asyncio.run(_first_then(batcher, work, [1, -7, 3]))
+    batcher.close()
+    assert results[1] == 2
+    assert isinstance(results[2], ValueError)
+    assert results[3] == 6
+
+
+def test_a_failing_batch_fails_its_items_and_the_worker_lives_on() -> None:
+    calls = 0
+
+    def work(items: Sequence[int]) -> list[int | Exception]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("boom")
+        return list(items)
+
+    async def story() -> int:
+        with pytest.raises(RuntimeError, match="boom"):
+            await batcher.submit(1)
+        return await batcher.submit(2)
+
+    batcher = Batcher[int, int](work, max_batch_size=8, max_queued=8)
+    assert asyncio.run(story()) == 2
+    batcher.close()
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_holds() -> None:
+    work = Work()
+    batcher = Batcher[int, int](work, max_batch_size=1, max_queued=2)
+    results = asyncio.run(_first_then(batcher, work, [1, 2, 3]))
+    batcher.close()
+    assert results[:3] == [0, 2, 4]
+    assert isinstance(results[3], OverloadedError)
+    assert "2 of at most 2" in str(results[3])
+
+
+def test_a_client_that_leaves_while_waiting_costs_no_work() -> None:
+    work = Work()
+    batcher = Batcher[int, int](work, max_batch_size=8, max_queued=8)
+
+    async def story() -> None:
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(work.started.wait, 10)
+        gone, stays = asyncio.create_task(batcher.submit(1)), asyncio.create_task(batcher.submit(2))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.sleep(0)
+        work.gate.set()
+        assert await asyncio.gather(first, stays) == [0, 4]
+
+    asyncio.run(story())
+    batcher.close()
+    assert work.batches == [[0], [2]]
+
+
+def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:
+    batcher = Batcher[int, int](lambda items: list(items), max_batch_size=8, max_queued=8)
+
+    async def story() -> None:
+        assert await batcher.submit(5) == 5
+        batcher.close()
+        with pytest.raises(OverloadedError, match="shutting down"):
+            await batcher.submit(6)
+
+    asyncio.run(story())
+
+
+def test_work_after_a_batch_runs_after_the_answers_and_may_fail() -> None:
+    after: list[str] = []
+
+    def fail() -> None:
+        after.append("ran")
+        raise OSError("disk")
+
+    async def story() -> list[int]:
+        return [await batcher.submit(1), await batcher.submit(2)]
+
+    batcher = Batcher[int, int](lambda items: list(items), max_batch_size=8, max_queued=8, after=fail)
+    assert asyncio.run(story()) == [1, 2]
+    batcher.close()
+    assert after == ["ran", "ran"]

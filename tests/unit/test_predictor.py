@@ -1,0 +1,168 @@
+"""One batch: all or nothing for each request, log before answer, state after log."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from deepseek_ray.data.events import Feedback, to_us
+from deepseek_ray.errors import RequestError
+from deepseek_ray.serving.predictor import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
+from tests.unit.serving_parts import NOW, FakeScorer, Rig, event, live_model, rig
+
+
+def scored(made: Rig, *events: object) -> ScoreResult:
+    result = made.predictor.run([ScoreCommand(events)])[0]  # type: ignore[arg-type]
+    assert isinstance(result, ScoreResult), result
+    return result
+
+
+def refused(made: Rig, command: ScoreCommand | FeedbackCommand) -> RequestError:
+    result = made.predictor.run([command])[0]
+    assert isinstance(result, RequestError), result
+    return result
+
+
+def feedback(prediction_id: str, is_fraud: bool = True, days: float = 1.0) -> Feedback:
+    return Feedback(prediction_id=prediction_id, is_fraud=is_fraud, observed_at=NOW + timedelta(days=days))
+
+
+def test_a_score_is_answered_and_logged_with_its_inputs(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        answer = scored(made, event(1, amount=9_000)).predictions[0]
+        assert (answer.probability, answer.decision, answer.threshold) == (0.9, "review", 0.5)
+        assert answer.cold == ["card"]
+        assert [(r.feature, r.contribution) for r in answer.reasons] == [("amount", 9.0), ("count", -1.0)]
+        row = made.log.get(answer.prediction_id)
+        assert row is not None
+        assert row.values.tolist() == [9_000.0, 1.0]
+        assert row.model_version == answer.model_version == "1"
+
+
+def test_approvals_carry_no_reasons(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        assert scored(made, event(1)).predictions[0].reasons == []
+
+
+def test_the_same_transaction_again_gives_the_stored_answer(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        first, again = scored(made, event(1)), scored(made, event(1))
+        assert again.predictions == first.predictions
+        assert (first.repeated, again.repeated) == (0, 1)
+        assert made.state.counts == {"c1": 1}
+
+
+def test_the_same_id_with_another_amount_is_a_conflict(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        scored(made, event(1))
+        error = refused(made, ScoreCommand([event(1, amount=2_000)]))
+        assert (error.status, error.kind) == (409, "duplicate-transaction")
+        assert "another amount_cents: 1000, now 2000" in str(error)
+
+
+def test_duplicates_within_one_batch_count_once(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        one, two, bad = made.predictor.run(
+            [ScoreCommand([event(1)]), ScoreCommand([event(1), event(2)]), ScoreCommand([event(2, amount=5)])]
+        )
+        assert isinstance(one, ScoreResult)
+        assert isinstance(two, ScoreResult)
+        assert one.predictions[0] == two.predictions[0]
+        assert isinstance(bad, RequestError)
+        assert made.state.counts == {"c1": 2}
+
+
+def test_a_stale_event_refuses_its_whole_request_and_no_other(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        scored(made, event(1, at_s=0))
+        mixed = ScoreCommand([event(2, card="c2"), event(3, at_s=-10)])
+        bad, good = made.predictor.run([mixed, ScoreCommand([event(4, card="c3")])])
+        assert isinstance(bad, RequestError)
+        assert (bad.status, bad.kind) == (409, "stale-event")
+        assert "10 s older than the last event of card 'c1'" in str(bad)
+        assert isinstance(good, ScoreResult)
+        assert made.state.counts == {"c1": 1, "c3": 1}
+
+
+def test_equal_times_are_not_stale(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        assert len(scored(made, event(1), event(2)).predictions) == 2
+
+
+def test_a_failing_model_leaves_no_trace_and_a_retry_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rig(tmp_path) as made:
+        monkeypatch.setattr(FakeScorer, "fail", True)
+        assert isinstance(made.predictor.run([ScoreCommand([event(1)])])[0], RuntimeError)
+        monkeypatch.setattr(FakeScorer, "fail", False)
+        assert scored(made, event(1)).predictions[0].cold == ["card"]
+        assert made.state.counts == {"c1": 1}
+
+
+def test_a_failing_batch_does_not_undo_labels_of_the_same_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path) as made:
+        answer = scored(made, event(1)).predictions[0]
+        monkeypatch.setattr(FakeScorer, "fail", True)
+        failed, label = made.predictor.run(
+            [ScoreCommand([event(2)]), FeedbackCommand([feedback(answer.prediction_id)])]
+        )
+        assert isinstance(failed, RuntimeError)
+        assert label == FeedbackResult(1, 0)
+        assert len(made.state.labels) == 1
+
+
+def test_a_swap_changes_the_next_batch_only_by_its_reference(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        scored(made, event(1))
+        made.predictor.swap(live_model("2", threshold=0.05))
+        answer = scored(made, event(2)).predictions[0]
+        assert (answer.model_version, answer.decision) == ("2", "review")
+
+
+def test_feedback_is_taken_once_and_reaches_the_features(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        answer = scored(made, event(1)).predictions[0]
+        item = feedback(answer.prediction_id)
+        assert made.predictor.run([FeedbackCommand([item, item])]) == [FeedbackResult(1, 1)]
+        assert made.predictor.run([FeedbackCommand([item])]) == [FeedbackResult(0, 1)]
+        assert made.state.labels == [(answer.prediction_id, True, to_us(item.observed_at))]
+
+
+def test_a_label_never_counts_before_events_already_served(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        answer = scored(made, event(1)).predictions[0]
+        scored(made, event(2, card="c2", at_s=200))
+        made.predictor.run([FeedbackCommand([feedback(answer.prediction_id, days=0.001)])])
+        assert made.state.labels[0][2] == to_us(NOW) + 200_000_001
+
+
+def test_wrong_feedback_is_refused_as_a_whole(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        answer = scored(made, event(1)).predictions[0]
+        unknown = refused(made, FeedbackCommand([feedback(answer.prediction_id), feedback("p-unknown")]))
+        assert (unknown.status, unknown.kind) == (404, "unknown-prediction")
+        assert made.state.labels == []
+        early = refused(made, FeedbackCommand([feedback(answer.prediction_id, days=-1)]))
+        assert (early.status, early.field) == (422, "observed_at")
+        made.predictor.run([FeedbackCommand([feedback(answer.prediction_id)])])
+        conflict = refused(made, FeedbackCommand([feedback(answer.prediction_id, is_fraud=False)]))
+        assert (conflict.status, conflict.kind) == (409, "conflicting-feedback")
+
+
+def test_state_reaches_its_store_after_the_log_and_survives_a_store_outage(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        made.state.fail_flush = True
+        scored(made, event(1))
+        made.predictor.flush()
+        assert not made.predictor.healthy
+        assert made.log.applied == (0, 0)
+        made.state.fail_flush = False
+        scored(made, event(2))
+        made.predictor.flush()
+        assert made.predictor.healthy
+        assert made.state.flushed == {"c1": 2}
+        scored(made, event(3))
+        assert made.log.applied == (2, 0)
