@@ -1,0 +1,105 @@
+"""The Makefile and .ci/run, with stand-ins for python and make that write down how they were called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Logs each call; `-m venv .venv` puts a copy of itself there, as the real one would.
+STAND_IN = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$CALLS"
+[ "$*" = "-m venv .venv" ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python
+exit 0
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "main"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("python3", "make"):
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("MAKEFLAGS", "")
+    return folder
+
+
+def run(clone: Path, *command: str) -> list[str]:
+    """The calls that a command makes."""
+    calls = Path(os.environ["CALLS"])
+    calls.unlink(missing_ok=True)
+    subprocess.run(command, cwd=clone, check=True, capture_output=True, timeout=30)
+    return calls.read_text().splitlines() if calls.exists() else []
+
+
+def make(clone: Path, target: str) -> list[str]:
+    real = shutil.which("make")
+    assert real
+    return run(clone, real, target, f"PYTHON={clone.parent / 'tools' / 'python3'}")
+
+
+def test_install_pins_and_is_done_once(clone: Path) -> None:
+    calls = make(clone, "install")
+    assert "python3 -m venv .venv" in calls
+    assert "python -m pip install --quiet --constraint constraints.txt --editable .[dev]" in calls
+    assert any(call.startswith("python -m compileall") for call in calls)
+    assert make(clone, "install") == []
+
+
+def test_a_changed_pin_installs_again(clone: Path) -> None:
+    make(clone, "install")
+    stamp = (clone / ".venv" / ".installed").stat().st_mtime
+    os.utime(clone / "constraints.txt", (stamp + 1, stamp + 1))
+    assert "python3 -m venv .venv" in make(clone, "install")
+
+
+@pytest.mark.parametrize(
+    ("target", "starts"),
+    [
+        ("demo", "python -m pipelines.risk.demo"),
+        ("test", "python -m pytest -m not slow and not gpu and not bench"),
+        ("test-full", "python -m pytest -m not bench"),
+        ("bench", "python -m pytest tests/bench -m bench -s"),
+    ],
+)
+def test_a_target_builds_the_environment_first(clone: Path, target: str, starts: str) -> None:
+    calls = make(clone, target)
+    assert calls.index("python3 -m venv .venv") < len(calls) - 1
+    assert calls[-1].strip() == starts
+
+
+def test_clean_keeps_the_runs(clone: Path) -> None:
+    make(clone, "install")
+    kept = clone / "runs" / "first" / "__pycache__" / "report.html"
+    for file in (kept, clone / "pipelines" / "__pycache__" / "demo.pyc"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    make(clone, "clean")
+    assert kept.is_file()
+    assert sorted(path.name for path in clone.iterdir() if path.is_dir()) == [".ci", "pipelines", "runs"]
+    assert list((clone / "pipelines").iterdir()) == []
+
+
+def test_ci_checks_style_and_tests_and_uses_the_data_beside_the_checkout(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{clone.parent / 'tools'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("DEEPSEEK_RAY_HANDBOOK", raising=False)
+    tool = clone.parent / "tools" / "make"
+    tool.write_text('#!/bin/sh\necho "$* data=$DEEPSEEK_RAY_HANDBOOK" >> "$CALLS"\n')
+    assert run(clone, "bash", ".ci/run") == ["lint data=", "test data="]
+    data = clone.parent / "shared" / "data" / "fraud-handbook"
+    data.mkdir(parents=True)
+    assert run(clone, "bash", ".ci/run") == [f"lint data={data}", f"test data={data}"]
