@@ -64,8 +64,8 @@ def to_table(frame: pl.DataFrame, *, label_delay_days: float) -> pl.DataFrame:
     """Bring a frame into canonical form: types, defaults, order of arrival, label positions.
 
     Args:
-        frame: at least the columns of ``REQUIRED``; ``event_time`` with a time zone, ``amount_cents`` integer. A ``label_us``
-            that is given is when the label became known; it is never earlier than the delay afterwards.
+        frame: at least the columns of ``REQUIRED``; ``event_time`` with a time zone, ``amount_cents`` integer. A
+            ``label_us`` that is given is when the label became known; the delay is then a lower bound.
         label_delay_days: days between an event and the use of its label.
 
     Raises:
@@ -82,7 +82,7 @@ def to_table(frame: pl.DataFrame, *, label_delay_days: float) -> pl.DataFrame:
 
 
 def _cast(frame: pl.DataFrame) -> pl.DataFrame:
-    if not isinstance(frame.schema["event_time"], pl.Datetime) or frame.schema["event_time"].time_zone is None:  # type: ignore[attr-defined]
+    if not isinstance(frame.schema["event_time"], pl.Datetime) or frame.schema["event_time"].time_zone is None:
         found = frame.schema["event_time"]
         raise SchemaError(f"Column 'event_time' has type {found}.", fix="give a datetime with a time zone")
     if not frame.schema["amount_cents"].is_integer():
@@ -144,11 +144,11 @@ def assign_order(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _previous_row(keys: pl.Series, *, ignore: str | None) -> npt.NDArray[np.int64]:
     """Row number of the last earlier row with the same key, -1 when there is none. Shape (n,)."""
-    row = pl.int_range(pl.len(), dtype=pl.Int64)
-    previous = row.shift(1).over("key").fill_null(-1)
+    previous = pl.col("row").cast(pl.Int64).shift(1).over("key").fill_null(-1)
     if ignore is not None:
         previous = pl.when(pl.col("key") == ignore).then(-1).otherwise(previous)
-    return keys.alias("key").to_frame().select(previous.alias("row"))["row"].to_numpy()
+    # the row number is a column first: int_range inside over() would count within each group
+    return keys.alias("key").to_frame().with_row_index("row").select(previous.alias("row"))["row"].to_numpy()
 
 
 def settle_order(event_us: npt.NDArray[np.int64], before: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
