@@ -1,7 +1,7 @@
 """Fraud patterns that may be scheduled on top of the published ones, as plain data.
 
-A drift preset is a schedule of patterns. Days count from the day on which the drift begins (``DataConfig.drift_start_day``).
-The published scenarios 1-3 stay alive beside every pattern.
+A drift preset is a schedule of patterns. Days count from the day on which the drift begins
+(``DataConfig.drift_start_day``). The published scenarios 1-3 stay alive beside every pattern.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FraudPattern:
         amount_factor: amount over the card's mean amount, log-uniform.
         kind: kind of terminal used: "online" or "physical".
         categories: merchant categories used; empty means any.
-        new_device_share: share of cards attacked from a device that was never seen with them; else their own is taken over.
+        new_device_share: share of cards attacked from a device never seen with them; else their own is taken over.
         cards_a_device: cards attacked from the same new device.
         foreign_share: share of cards attacked from a country that is not the card's home (online only).
     """

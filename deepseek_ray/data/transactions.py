@@ -250,7 +250,7 @@ class _DaySlices:
 
 
 def _draw_daily(expected: float, num_days: int, population: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(day, member) pairs: on average ``expected`` different members a day, evenly spread when below one, day 0 included."""
+    """(day, member) pairs: ``expected`` different members a day; a fraction is spread evenly, from day 0 on."""
     total = np.ceil(np.arange(num_days + 1) * expected - 1e-9).astype(np.int64)
     drawn: list[tuple[int, int]] = []
     for day, count in enumerate(np.diff(total)):
@@ -312,7 +312,8 @@ def _attack(
     time_us = burst_us[burst] + _since_burst_us(burst, num_events, pattern.gap_s, rng)
     attack, card = attack[burst], card[burst]
     terminal = rng.choice(_targets(pattern, world), len(card))
-    factor = np.exp(rng.uniform(*np.log(pattern.amount_factor), len(card)))
+    low, high = np.log(pattern.amount_factor)
+    factor = np.exp(rng.uniform(low, high, len(card)))
     amount = np.maximum(np.rint(world.mean_amount[card] * factor * 100), 1).astype(np.int64)
     device, country = _traces(pattern, world, len(drawn), attack, card, terminal, first_device, rng)
     day = time_us // US_PER_DAY
@@ -411,7 +412,7 @@ def _pick(names: tuple[str, ...], codes: Ints) -> pl.Series:
 
 
 def _device_names(codes: Ints) -> pl.Series:
-    """Fingerprints that do not tell owners, guests and attackers apart: an odd multiplier permutes the 32-bit numbers."""
+    """Fingerprints that hide whose device it is: an odd multiplier permutes the 32-bit numbers."""
     known, inverse = np.unique(codes, return_inverse=True)
     names = [UNKNOWN if code == _NO_DEVICE else f"d{int(code) * 2_654_435_761 % 2**32:08x}" for code in known]
     return pl.Series(names, dtype=pl.String).gather(inverse)
