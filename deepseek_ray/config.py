@@ -56,7 +56,7 @@ class ModelConfig(Section):
     d_expert: int = Field(64, ge=8)
     num_bins: int = Field(16, ge=2, description="piecewise-linear bins a numeric feature")
     dropout: float = Field(0.1, ge=0, lt=1)
-    router_bias_rate: float = Field(1e-3, ge=0, description="step of aux-loss-free load balancing")
+    router_bias_rate: float = Field(2e-2, ge=0, description="step of aux-loss-free load balancing")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

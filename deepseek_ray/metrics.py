@@ -1,0 +1,164 @@
+"""How good a score is: ranking, card precision, recall at a false-alarm rate, calibration. Pure numpy and scikit-learn.
+
+Legend: n rows. Every function takes label (n,) of 0 and 1 and probability (n,), any monotone score where only the
+order counts. A figure that is not defined, for want of one of the classes, is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+
+def average_precision(label: ArrayLike, probability: ArrayLike) -> float:
+    """Area under the precision-recall curve as a step sum; NaN without a fraud."""
+    return float(average_precision_score(label, probability)) if np.any(np.asarray(label) == 1) else float("nan")
+
+
+def auc(label: ArrayLike, probability: ArrayLike) -> float:
+    """Area under the ROC curve; NaN when a class is missing."""
+    return float(roc_auc_score(label, probability)) if _both(label) else float("nan")
+
+
+def recall_at_fpr(label: ArrayLike, probability: ArrayLike, fpr: float = 0.01) -> float:
+    """Largest recall whose false-positive rate is at most ``fpr``; NaN when a class is missing."""
+    if not _both(label):
+        return float("nan")
+    false_rate, true_rate, _ = roc_curve(label, probability, drop_intermediate=False)
+    return float(true_rate[false_rate <= fpr].max())
+
+
+def cp100(
+    probability: ArrayLike,
+    card: ArrayLike,
+    day: ArrayLike,
+    label: ArrayLike,
+    *,
+    k: int = 100,
+    known_compromised: Mapping[Any, int] | None = None,
+) -> float:
+    """Card precision at k (Reproducible Machine Learning for Credit Card Fraud Detection, section 4.4).
+
+    Each day, the k cards with the highest score of that day; the share that is truly compromised on that day. Cards
+    detected leave for the days after. Mean over days.
+
+    Args:
+        probability: score of each transaction.
+        card: card of each transaction; ints or strings.
+        day: day number of each transaction.
+        label: 1 for fraud.
+        k: cards reviewed a day.
+        known_compromised: card -> first day on which it is left out, because it is known already.
+
+    Returns:
+        in [0, 1]; NaN without rows.
+    """
+    code, day, label = _codes(card, known_compromised, day, label)
+    probability = np.asarray(probability, dtype=np.float64)
+    days = np.unique(day)
+    found = np.zeros(int(code.max(initial=-1)) + 1, dtype=bool)
+    precision = []
+    for one in days:
+        rows = np.flatnonzero((day == one) & (code >= 0))
+        rows = rows[~found[code[rows]]]
+        hits = _compromised_among_top(probability[rows], code[rows], label[rows], k)
+        found[hits] = True
+        precision.append(len(hits) / k)
+    return float(np.mean(precision)) if precision else float("nan")
+
+
+def calibration_error(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> float:
+    """Expected calibration error: mean gap between predicted and true rate over bins of equal width, by bin size."""
+    gap = calibration_curve(label, probability, num_bins)
+    return float((np.abs(gap.predicted - gap.observed) * gap.count).sum() / max(1, gap.count.sum()))
+
+
+@dataclass(frozen=True)
+class CalibrationCurve:
+    """Bins of predicted probability that hold at least one row: means and size, each (bins,)."""
+
+    predicted: NDArray[np.float64]
+    observed: NDArray[np.float64]
+    count: NDArray[np.int64]
+
+
+def calibration_curve(label: ArrayLike, probability: ArrayLike, num_bins: int = 15) -> CalibrationCurve:
+    """Predicted against true rate in bins of equal width over [0, 1]."""
+    p, y = np.asarray(probability, dtype=np.float64), np.asarray(label, dtype=np.float64)
+    place = np.minimum((p * num_bins).astype(np.int64), num_bins - 1)
+    count = np.bincount(place, minlength=num_bins)
+    used = count > 0
+    predicted = np.bincount(place, weights=p, minlength=num_bins)[used] / count[used]
+    observed = np.bincount(place, weights=y, minlength=num_bins)[used] / count[used]
+    return CalibrationCurve(predicted, observed, count[used])
+
+
+def by_scenario(label: ArrayLike, probability: ArrayLike, scenario: ArrayLike, fpr: float = 0.01) -> dict[int, float]:
+    """Recall of each kind of fraud at the threshold that gives ``fpr`` over all genuine rows."""
+    y, p, kind = np.asarray(label), np.asarray(probability, dtype=np.float64), np.asarray(scenario)
+    if not _both(y):
+        return {}
+    genuine = np.sort(p[y == 0])[::-1]
+    threshold = genuine[min(int(fpr * len(genuine)), len(genuine) - 1)]
+    kinds = np.unique(kind[(y == 1) & (kind > 0)])
+    return {int(one): float(np.mean(p[(y == 1) & (kind == one)] > threshold)) for one in kinds}
+
+
+def evaluate(
+    label: ArrayLike,
+    probability: ArrayLike,
+    *,
+    card: ArrayLike,
+    day: ArrayLike,
+    scenario: ArrayLike | None = None,
+    known_compromised: Mapping[Any, int] | None = None,
+) -> dict[str, float]:
+    """Every figure under its name in the report: average_precision, auc, cp100, recall_at_1pct_fpr, calibration_error.
+
+    With scenario also ``recall_scenario_<kind>``, at 1 % false positives.
+    """
+    figures = {
+        "average_precision": average_precision(label, probability),
+        "auc": auc(label, probability),
+        "cp100": cp100(probability, card, day, label, known_compromised=known_compromised),
+        "recall_at_1pct_fpr": recall_at_fpr(label, probability),
+        "calibration_error": calibration_error(label, probability),
+    }
+    kinds = by_scenario(label, probability, scenario) if scenario is not None else {}
+    return figures | {f"recall_scenario_{kind}": value for kind, value in kinds.items()}
+
+
+def _both(label: ArrayLike) -> bool:
+    y = np.asarray(label)
+    return bool(np.any(y == 1) and np.any(y == 0))
+
+
+def _codes(
+    card: ArrayLike, known: Mapping[Any, int] | None, day: ArrayLike, label: ArrayLike
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Cards as small ints, -1 where the card is known as compromised on that day."""
+    names, code = np.unique(np.asarray(card), return_inverse=True)
+    days = np.asarray(day, dtype=np.int64)
+    if known:
+        never = np.iinfo(np.int64).max
+        first = np.array([known.get(name, never) for name in names.tolist()], dtype=np.int64)
+        code = np.where(days >= first[code], -1, code)
+    return code.astype(np.int64), days, np.asarray(label, dtype=np.int64)
+
+
+def _compromised_among_top(
+    probability: NDArray[np.float64], code: NDArray[np.int64], label: NDArray[np.int64], k: int
+) -> NDArray[np.int64]:
+    """Compromised cards among the k with the highest score; ties go to the smaller card."""
+    cards, place = np.unique(code, return_inverse=True)
+    best = np.full(len(cards), -np.inf)
+    np.maximum.at(best, place, probability)
+    bad = np.zeros(len(cards), dtype=np.int64)
+    np.maximum.at(bad, place, label)
+    top = np.argsort(-best, kind="stable")[:k]
+    return cards[top[bad[top] == 1]]

@@ -1,0 +1,1 @@
+"""What turns a hidden state into an answer."""
