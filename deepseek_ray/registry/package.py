@@ -25,6 +25,8 @@ from safetensors.numpy import load_file, save_file
 import deepseek_ray.models as models
 from deepseek_ray.data.evidence import VectorContract, schema_digest
 from deepseek_ray.errors import ModelFormatError
+from deepseek_ray.models import RiskModelConfig
+from deepseek_ray.models.events import SEQUENCE_CHANNELS
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,8 +35,8 @@ PROBES = "probes.safetensors"
 PROBE_TOLERANCE = 1e-6
 """Largest difference between a stored and a recomputed probability; processors round differently."""
 
-PADDING_AGE_S = -1.0
-AGE_CHANNEL = 1
+_PADDING_AGE_S = -1.0
+_AGE_CHANNEL = SEQUENCE_CHANNELS.index("age_s")
 _ALLOWED = {".json", ".safetensors"}
 
 
@@ -63,6 +65,17 @@ class InputSchema:
     feature_service: str
     feature_digest: str
 
+    @classmethod
+    def of(cls, config: RiskModelConfig) -> InputSchema:
+        """The schema that a model's own settings name."""
+        return cls(
+            columns=config.feature_names,
+            sequence_len=config.sequence_len,
+            sequence_channels=len(SEQUENCE_CHANNELS),
+            feature_service=config.feature_service,
+            feature_digest=config.feature_digest,
+        )
+
     @property
     def contract(self) -> VectorContract:
         """The schema as the gate compares it."""
@@ -72,8 +85,8 @@ class InputSchema:
     def empty_sequence(self, num_rows: int) -> Floats:
         """Sequence [num_rows, N, C] of padding: a card without history."""
         sequence = np.zeros((num_rows, self.sequence_len, self.sequence_channels), dtype=np.float64)
-        if self.sequence_channels > AGE_CHANNEL:
-            sequence[:, :, AGE_CHANNEL] = PADDING_AGE_S
+        if self.sequence_channels > _AGE_CHANNEL:
+            sequence[:, :, _AGE_CHANNEL] = _PADDING_AGE_S
         return sequence
 
 

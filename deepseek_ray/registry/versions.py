@@ -312,9 +312,17 @@ class Registry:
             for key, value in tags.items():
                 client.set_model_version_tag(self.name, version, key, value)
 
-    def _entry(self, action: str, version: str, before: str | None, after: str | None, **more: str) -> AuditEntry:
+    def _entry(
+        self, action: str, version: str, before: str | None, after: str | None, *, decision: str = "{}", note: str = ""
+    ) -> AuditEntry:
         return AuditEntry(
-            name=self.name, action=action, version=version, champion_before=before, champion_after=after, **more
+            name=self.name,
+            action=action,
+            version=version,
+            champion_before=before,
+            champion_after=after,
+            decision=decision,
+            note=note,
         )
 
     def _resolve(self, version: str) -> ModelVersion:

@@ -1,0 +1,175 @@
+"""Drift: has the input moved, have the scores moved, has the model become worse?
+
+Population stability index and Kolmogorov-Smirnov compare values with a reference; the prequential
+average precision follows the quality over labels as they mature (test, then train: Gama et al. 2013,
+"On evaluating stream learning algorithms").
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import ks_2samp
+
+from deepseek_ray.errors import DataError
+from deepseek_ray.metrics import average_precision
+
+Floats = npt.NDArray[np.float64]
+
+PSI_WATCH = 0.1
+PSI_ALARM = 0.25
+"""Customary bounds in credit scoring (Siddiqi 2006): below 0.1 stable, above 0.25 moved."""
+
+_FLOOR = 1e-4  # an empty bin would make the index infinite
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Quantile bins of one feature or score, and the share of the reference in each.
+
+    Args:
+        name: feature, or "score".
+        edges: inner edges, ascending and distinct, at most ``num_bins - 1``.
+        shares: share of the reference rows a bin, ``len(edges) + 1`` of them; sums to 1.
+        sample: sorted values kept for the Kolmogorov-Smirnov test.
+    """
+
+    name: str
+    edges: Floats
+    shares: Floats
+    sample: Floats
+
+    @classmethod
+    def fit(cls, name: str, values: npt.ArrayLike, *, num_bins: int = 10, max_sample: int = 10_000) -> Reference:
+        """Take the bins from reference values [n].
+
+        Raises:
+            DataError: there are no values, or one is NaN or infinite.
+        """
+        clean = _checked(name, values)
+        edges = np.unique(np.quantile(clean, np.linspace(0, 1, num_bins + 1)[1:-1], method="inverted_cdf"))
+        picks = np.linspace(0, clean.size - 1, min(clean.size, max_sample)).round().astype(np.int64)
+        return cls(name, edges, _shares(clean, edges), np.sort(clean)[picks])
+
+
+@dataclass(frozen=True)
+class DriftResult:
+    """Comparison of one feature with its reference.
+
+    Args:
+        name: feature, or "score".
+        psi: population stability index, >= 0.
+        ks: largest distance between the distribution functions, 0-1.
+        p_value: of the Kolmogorov-Smirnov test.
+        num_rows: values compared.
+    """
+
+    name: str
+    psi: float
+    ks: float
+    p_value: float
+    num_rows: int
+
+    @property
+    def level(self) -> str:
+        """ "stable", "watch" or "alarm", by the index; with many rows the test calls everything different."""
+        if self.psi >= PSI_ALARM:
+            return "alarm"
+        return "watch" if self.psi >= PSI_WATCH else "stable"
+
+
+def psi(reference: Reference, values: npt.ArrayLike) -> float:
+    """Population stability index, sum of (p - q) ln(p / q) over the reference's bins.
+
+    Raises:
+        DataError: there are no values, or one is NaN or infinite.
+    """
+    now = np.maximum(_shares(_checked(reference.name, values), reference.edges), _FLOOR)
+    then = np.maximum(reference.shares, _FLOOR)
+    return float(np.sum((now - then) * np.log(now / then)))
+
+
+def compare(reference: Reference, values: npt.ArrayLike) -> DriftResult:
+    """Index and test of live values [n] against the reference.
+
+    Raises:
+        DataError: there are no values, or one is NaN or infinite.
+    """
+    clean = _checked(reference.name, values)
+    test = ks_2samp(reference.sample, clean, method="asymp")
+    return DriftResult(reference.name, psi(reference, clean), float(test.statistic), float(test.pvalue), clean.size)
+
+
+def compare_all(references: Sequence[Reference], columns: Mapping[str, npt.ArrayLike]) -> list[DriftResult]:
+    """Compare every referenced column, most moved first."""
+    results = [compare(reference, columns[reference.name]) for reference in references]
+    return sorted(results, key=lambda result: -result.psi)
+
+
+@dataclass(frozen=True)
+class PrequentialPoint:
+    """Quality over the newest matured labels.
+
+    Args:
+        known_us: when the newest of them became known, microseconds.
+        average_precision: over the window; NaN without any fraud in it.
+        num_rows: labels in the window.
+        num_fraud: frauds in the window.
+    """
+
+    known_us: int
+    average_precision: float
+    num_rows: int
+    num_fraud: int
+
+
+class Prequential:
+    """Average precision over a sliding window of decisions whose labels have matured.
+
+    Each score was given before its label was known, so nothing is tested on what it was trained on.
+
+    Args:
+        window: decisions kept.
+    """
+
+    def __init__(self, window: int = 20_000) -> None:
+        if window < 1:
+            raise ValueError(f"window={window} must be >= 1")
+        self._rows: deque[tuple[int, float, bool]] = deque(maxlen=window)
+
+    def add(self, score: float, is_fraud: bool, known_us: int) -> None:
+        """Add one decision once its label is known, in the order the labels come.
+
+        Raises:
+            DataError: the score is not a probability.
+        """
+        if not 0.0 <= score <= 1.0:
+            raise DataError(f"The score {score!r} is no probability.", fix="log scores between 0 and 1")
+        self._rows.append((known_us, score, is_fraud))
+
+    def point(self) -> PrequentialPoint:
+        """The quality now."""
+        labels = np.array([is_fraud for _, _, is_fraud in self._rows], dtype=np.int8)
+        scores = np.array([score for _, score, _ in self._rows], dtype=np.float64)
+        num_fraud = int(labels.sum())
+        value = float(average_precision(labels, scores)) if num_fraud else float("nan")
+        return PrequentialPoint(self._rows[-1][0] if self._rows else 0, value, len(labels), num_fraud)
+
+
+def _shares(values: Floats, edges: Floats) -> Floats:
+    # side="left": a value equal to an edge stays below it, so that mass on one value is one bin's
+    counts = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges) + 1)
+    return np.asarray(counts / values.size, dtype=np.float64)
+
+
+def _checked(name: str, values: npt.ArrayLike) -> Floats:
+    clean = np.asarray(values, dtype=np.float64).ravel()
+    if clean.size == 0:
+        raise DataError(f"There are no values of {name!r} to compare.", fix="wait for more events")
+    if not np.isfinite(clean).all():
+        raise DataError(f"{name!r} holds NaN or infinity.", fix="drop those rows before comparing")
+    return clean

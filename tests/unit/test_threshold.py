@@ -1,0 +1,110 @@
+"""Thresholds: a budget of alerts, and the least expected loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_ray.errors import DataError
+from deepseek_ray.online.threshold import AlertBudget, bayes_threshold, budget_threshold, cost_threshold
+
+SCORES = st.lists(st.floats(0, 0.999), min_size=1, max_size=200)
+
+
+def test_budget_lets_exactly_its_share_through() -> None:
+    scores = np.arange(1000) / 1000
+    threshold = budget_threshold(scores, 0.01)
+    assert threshold == 0.990
+    assert np.count_nonzero(scores >= threshold) == 10
+
+
+def test_ties_at_the_top_are_not_split() -> None:
+    assert np.count_nonzero(np.array([0.9] * 5 + [0.1] * 95) >= budget_threshold([0.9] * 5 + [0.1] * 95, 0.02)) == 0
+
+
+@given(scores=SCORES, rate=st.floats(0.001, 0.999))
+def test_the_budget_is_never_exceeded(scores: list[float], rate: float) -> None:
+    threshold = budget_threshold(scores, rate)
+    assert sum(score >= threshold for score in scores) <= rate * len(scores)
+
+
+@given(scores=SCORES, rate=st.floats(0.001, 0.5))
+def test_a_larger_budget_never_raises_the_threshold(scores: list[float], rate: float) -> None:
+    assert budget_threshold(scores, 2 * rate - 1e-9) <= budget_threshold(scores, rate)
+
+
+@pytest.mark.parametrize("scores", [[], [float("nan")], [1.5], [-0.1]])
+def test_scores_that_are_none_are_refused(scores: list[float]) -> None:
+    with pytest.raises(DataError):
+        budget_threshold(scores, 0.1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, float("nan")])
+def test_rates_out_of_range_are_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="alert_rate"):
+        budget_threshold([0.1], rate)
+
+
+def test_the_window_follows_the_scores() -> None:
+    budget = AlertBudget(0.05, 0.5, window=1000, min_scores=100, refresh_every=1)
+    rng = np.random.default_rng(0)
+    assert budget.observe(rng.uniform(0, 0.2, 50)) == 0.5  # too few scores to move
+    low = budget.observe(rng.uniform(0, 0.2, 1000))
+    assert low == pytest.approx(0.19, abs=0.01)
+    high = budget.observe(rng.uniform(0.4, 0.6, 1000))
+    assert high == pytest.approx(0.59, abs=0.01)
+
+
+def test_the_threshold_moves_only_now_and_then() -> None:
+    budget = AlertBudget(0.1, 0.5, window=100, min_scores=10, refresh_every=50)
+    first = budget.observe(np.linspace(0, 0.2, 60))
+    assert budget.observe(np.full(49, 0.9)) == first
+    assert budget.observe([0.9]) > first
+
+
+def test_reset_forgets_the_old_model() -> None:
+    budget = AlertBudget(0.1, 0.5, window=100, min_scores=10, refresh_every=1)
+    budget.observe(np.linspace(0, 0.2, 60))
+    budget.reset(0.7)
+    assert budget.value == 0.7
+    assert budget.observe([0.1]) == 0.7
+    assert budget.observe([]) == 0.7
+
+
+@pytest.mark.parametrize(
+    "settings", [{"alert_rate": 0.0}, {"initial": 2.0}, {"min_scores": 0}, {"refresh_every": 0}, {"window": 5}]
+)
+def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        AlertBudget(**{"alert_rate": 0.1, "initial": 0.5, **settings})  # type: ignore[arg-type]
+
+
+def test_cost_threshold_finds_the_best_by_trying_all() -> None:
+    rng = np.random.default_rng(1)
+    scores, amounts = rng.uniform(0, 1, 300).round(2), rng.uniform(1, 100, 300)
+    labels = rng.uniform(0, 1, 300) < scores * 0.5
+    chosen = cost_threshold(scores, labels, amounts, review_cost=8.0)
+
+    def loss(threshold: float) -> float:
+        alert = scores >= threshold
+        return float(np.sum(amounts[labels & ~alert]) + 8.0 * np.count_nonzero(alert))
+
+    assert loss(chosen) == pytest.approx(min(loss(threshold) for threshold in [*np.unique(scores), 1.1]))
+
+
+def test_no_review_when_none_pays() -> None:
+    assert cost_threshold([0.2, 0.4], [0, 1], [1.0, 1.0], review_cost=5.0) > 0.4
+
+
+def test_cost_arrays_must_match() -> None:
+    with pytest.raises(DataError, match="differ"):
+        cost_threshold([0.1, 0.2], [1], [1.0, 1.0], review_cost=1.0)
+
+
+def test_bayes_threshold_falls_with_the_amount() -> None:
+    assert bayes_threshold(100.0, review_cost=5.0) == pytest.approx(0.05)
+    assert bayes_threshold(100.0, review_cost=5.0, caught_share=0.5) == pytest.approx(0.1)
+    assert bayes_threshold(0.0, review_cost=5.0) == 1.0
+    assert bayes_threshold(1.0, review_cost=5.0) == 1.0
