@@ -51,7 +51,7 @@ class FileMapping(BaseModel):
     def _known_zone(cls, value: str) -> str:
         try:
             ZoneInfo(value)
-        except (OSError, ValueError) as error:
+        except (KeyError, OSError, ValueError) as error:
             raise ValueError(f"{value!r} is no IANA time zone, such as Europe/Paris") from error
         return value
 

@@ -90,7 +90,9 @@ events = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0,
 @given(events)
 @settings(max_examples=60, deadline=None)
 def test_the_order_is_what_one_pass_with_last_values_gives(rows: list[tuple[int, int, int, int]]) -> None:
-    frame = payments(*((f"x{i:03}", t, f"c{c}", f"t{k}", f"d{d}" if d else "unknown") for i, (t, c, k, d) in enumerate(rows)))
+    frame = payments(
+        *((f"x{i:03}", t, f"c{c}", f"t{k}", f"d{d}" if d else "unknown") for i, (t, c, k, d) in enumerate(rows))
+    )
     ordered = table.assign_order(frame)
     last: dict[str, int] = {}
     for row in ordered.iter_rows(named=True):

@@ -96,7 +96,9 @@ def test_a_tiny_world_still_pays_and_has_frauds() -> None:
 
 def test_the_published_frauds_leave_no_trace_in_the_attributes(base: pl.DataFrame) -> None:
     online = base.filter(pl.col("channel") == "online").with_columns(
-        new_device=~pl.col("device_id").is_in(base["device_id"].value_counts().filter(pl.col("count") > 2)["device_id"].implode())
+        new_device=~pl.col("device_id").is_in(
+            base["device_id"].value_counts().filter(pl.col("count") > 2)["device_id"].implode()
+        )
     )
     genuine, fraud = (online.filter(pl.col("is_fraud") == label) for label in (0, 1))
     assert abs(share(fraud, pl.col("new_device")) - share(genuine, pl.col("new_device"))) < 0.04
