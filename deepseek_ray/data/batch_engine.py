@@ -1,46 +1,34 @@
 """The batch engine: every feature of every historical transaction, point-in-time correct.
 
-Windows are integer prefix sums and binary searches over rows sorted by key and order, so counts and sums
-are exact and cost does not depend on how many events a window holds. The formulas are those of the stream
+Windows are integer prefix sums and binary searches over rows sorted by key and order (data/history.py), so counts
+and sums are exact and cost does not depend on how many events a window holds. The formulas are those of the stream
 engine (data/formulas.py).
 
-    N  rows     F  features     S  sequence length     C  sequence channels     K  events of one key (sorted)
+    N  rows     F  features     S  sequence length     C  sequence channels
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from deepseek_ray.data.events import CHANNELS
 from deepseek_ray.data.formulas import (
-    CAPPED_CENTS,
     FORMULAS,
     WITHOUT_HISTORY,
     FloatArray,
-    Frame,
     IntArray,
     delay_us,
-    is_large,
     merchant_bucket,
     request_columns,
     request_values,
 )
-from deepseek_ray.data.ranges import CountLess, RangeMax, prefix
-from deepseek_ray.data.windows import LARGE_WINDOW_US, SECOND_US, VectorSpec
-from deepseek_ray.errors import FeatureError, SchemaError
+from deepseek_ray.data.history import UNKNOWN_DEVICE, Group, History
+from deepseek_ray.data.windows import SECOND_US, VectorSpec
 
 SEQUENCE_CHANNELS = ("amount_cents", "age_s", "same_terminal", "same_country", "channel", "known_fraud")
-UNKNOWN_DEVICE = "unknown"
-_NEEDED = (
-    "transaction_id", "order_us", "card_id", "terminal_id", "amount_cents", "device_id", "channel", "country",
-    "merchant_category", "is_fraud", "label_us",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,281 +71,49 @@ def compute(
         SchemaError: a column is missing.
         FeatureError: ``order_us`` is not strictly increasing.
     """
-    table = _Table(transactions, delay_us(label_delay_days))
+    delay = delay_us(label_delay_days)
+    horizon = spec.horizon_us("card", delay)
+    history = History(transactions, delay, horizon)
     values = np.empty((len(transactions), len(spec.names)))
-    table.fill_request(values, spec.request)
+    _fill_request(history, values, spec.request)
     for key, columns in spec.keys.items():
-        group = _Group(table, columns)
+        group = Group(history, columns)
         for position, feature in enumerate(spec.features, len(spec.request)):
             if feature.key == key:
                 values[:, position] = WITHOUT_HISTORY.get(feature.aggregation, 0.0)
                 values[group.rows, position] = FORMULAS[feature.aggregation](group.window(feature.window_us))
     names, ids, cards = spec.names, transactions["transaction_id"].to_numpy(), transactions["card_id"].to_numpy()
-    sequence = table.sequence(sequence_len, spec.horizon_us("card", table.delay))
-    return FeatureTable(table.order, ids, cards, values, sequence, names, spec.service, spec.digest)
+    sequence = _sequence(history, sequence_len, horizon)
+    return FeatureTable(history.order, ids, cards, values, sequence, names, spec.service, spec.digest)
 
 
-def label_positions(transactions: pl.DataFrame, delay: int) -> IntArray:
-    """[N] where each fraud label counts: max(order + delay, when it became known); 0 for all other rows."""
-    fraud = transactions["is_fraud"].fill_null(0).to_numpy() == 1
-    known = transactions["label_us"].cast(pl.Int64).fill_null(0).to_numpy()
-    return np.where(fraud, np.maximum(transactions["order_us"].to_numpy() + delay, known), 0)
+def _fill_request(history: History, values: FloatArray, names: tuple[str, ...]) -> None:
+    """Write the request features into the first columns of ``values``."""
+    if not len(values):
+        return
+    categories = history.frame["merchant_category"].unique().to_list()
+    bucket = history.frame["merchant_category"].replace_strict(
+        categories, [merchant_bucket(c) for c in categories], return_dtype=pl.Int64
+    )
+    country_known = (history.frame["country"] != "unknown").to_numpy()
+    device_known = (history.frame["device_id"] != UNKNOWN_DEVICE).to_numpy()
+    request = request_values(
+        history.order, history.amount, history.channel(), bucket.to_numpy(), country_known, device_known
+    )
+    values[:, : len(names)] = request[:, request_columns(names)]
 
 
-def large_flags(transactions: pl.DataFrame) -> NDArray[np.bool_]:
-    """[N] whether each event was large against its card's earlier events of 30 days."""
-    return _Table(transactions, 0).large
-
-
-class _Table:
-    """The columns of a transactions table as integers, in the given row order."""
-
-    def __init__(self, frame: pl.DataFrame, delay: int) -> None:
-        missing = [column for column in _NEEDED if column not in frame.columns]
-        if missing:
-            raise SchemaError(
-                f"The transactions table has no column {missing[0]!r}.", fix="build it with deepseek_ray.data.table"
-            )
-        self.frame, self.delay = frame, delay
-        self.order: IntArray = frame["order_us"].cast(pl.Int64).to_numpy()
-        self.amount: IntArray = frame["amount_cents"].cast(pl.Int64).to_numpy()
-        self.label = label_positions(frame, delay)
-        self._sorted_order = np.sort(self.order)
-        self._codes: dict[str, IntArray] = {}
-        self._ranks: dict[int, IntArray] = {}
-
-    def codes(self, column: str) -> IntArray:
-        """[N] dense integers, equal where the column is equal."""
-        if column not in self._codes:
-            self._codes[column] = self.frame[column].cast(pl.String).rank("dense").cast(pl.Int64).to_numpy()
-        return self._codes[column]
-
-    def rank(self, times: IntArray) -> IntArray:
-        """Events of the whole table at or before each time: times as small integers that keep their order."""
-        return np.searchsorted(self._sorted_order, times, "right")
-
-    def rank_before(self, shift: int) -> IntArray:
-        """[N] rank of each event's own time minus a shift."""
-        if shift not in self._ranks:
-            self._ranks[shift] = self.rank(self.order - shift)
-        return self._ranks[shift]
-
-    @cached_property
-    def cards(self) -> _Group:
-        return _Group(self, ("card_id",))
-
-    @cached_property
-    def large(self) -> NDArray[np.bool_]:
-        window = self.cards.window(LARGE_WINDOW_US)
-        flags = np.zeros(len(self.order), np.bool_)
-        flags[self.cards.rows] = is_large(window.amount, window.count(), window.total())
-        return flags
-
-    def channel(self) -> IntArray:
-        mapped = self.frame["channel"].replace_strict(list(CHANNELS), list(range(len(CHANNELS))), return_dtype=pl.Int64)
-        return mapped.to_numpy()
-
-    def fill_request(self, values: FloatArray, names: tuple[str, ...]) -> None:
-        """Write the request features into the first columns of ``values``."""
-        if not len(values):
-            return
-        categories = self.frame["merchant_category"].unique().to_list()
-        bucket = self.frame["merchant_category"].replace_strict(
-            categories, [merchant_bucket(c) for c in categories], return_dtype=pl.Int64
-        )
-        country_known = (self.frame["country"] != "unknown").to_numpy()
-        device_known = (self.frame["device_id"] != UNKNOWN_DEVICE).to_numpy()
-        request = request_values(
-            self.order, self.amount, self.channel(), bucket.to_numpy(), country_known, device_known
-        )
-        values[:, : len(names)] = request[:, request_columns(names)]
-
-    def sequence(self, length: int, horizon: int) -> FloatArray:
-        """[N, S, C] earlier events of the card, no older than the horizon."""
-        result = np.zeros((len(self.order), length, len(SEQUENCE_CHANNELS)))
-        result[:, :, 1] = -1.0
-        rows, start = self.cards.rows, self.cards.bounds(horizon)
-        terminal, country, channel = self.codes("terminal_id"), self.codes("country"), self.channel()
-        for lag in range(1, length + 1):
-            now = np.flatnonzero(np.arange(len(rows)) - lag >= start)
-            this, past = rows[now], rows[now - lag]
-            age = (self.order[this] - self.order[past]) / SECOND_US
-            same = terminal[this] == terminal[past], country[this] == country[past]
-            known = (self.label[past] > 0) & (self.label[past] <= self.order[this])
-            result[this, lag - 1] = np.stack([self.amount[past], age, *same, channel[past], known], axis=1)
-        return result
-
-
-class _Group:
-    """All events of one key, sorted by key value and order."""
-
-    def __init__(self, table: _Table, columns: Sequence[str]) -> None:
-        self.table = table
-        self.value_column = "terminal_id" if columns[0] == "card_id" else "card_id"
-        code = _combined(table, columns)
-        rows = np.flatnonzero(_has_history(table, columns))
-        self.rows = rows[np.lexsort((table.order[rows], code[rows]))]
-        self.code, self.order, self.amount = code[self.rows], table.order[self.rows], table.amount[self.rows]
-        if np.any((np.diff(self.order) <= 0) & (np.diff(self.code) == 0)):
-            problem = f"order_us does not strictly increase within {columns[0]!r}."
-            raise FeatureError(problem, fix="assign it with deepseek_ray.data.table")
-        self._scale = len(table.order) + 1
-        self._place = self.code * self._scale + table.rank_before(0)[self.rows]
-        self._bounds: dict[int, IntArray] = {}
-        self._windows: dict[int, _Window] = {}
-
-    def window(self, window_us: int) -> _Window:
-        """The frame of one window; frames share their sums."""
-        if window_us not in self._windows:
-            self._windows[window_us] = _Window(self, window_us)
-        return self._windows[window_us]
-
-    def bounds(self, shift: int) -> IntArray:
-        """[K] number of sorted events up to (and including) each event's time minus the shift, within its key."""
-        if shift not in self._bounds:
-            self._bounds[shift] = self.find(self.table.rank_before(shift)[self.rows])
-        return self._bounds[shift]
-
-    def find(self, rank: IntArray) -> IntArray:
-        """[K] first sorted position of the same key whose time rank is greater."""
-        return np.searchsorted(self._place, self.code * self._scale + rank, "right")
-
-    @cached_property
-    def totals(self) -> IntArray:
-        return prefix(self.amount)
-
-    @cached_property
-    def capped_sums(self) -> tuple[IntArray, IntArray]:
-        capped = np.minimum(self.amount, CAPPED_CENTS)
-        return prefix(capped), prefix(capped * capped)
-
-    @cached_property
-    def large_sums(self) -> IntArray:
-        return prefix(self.table.large[self.rows].astype(np.int64))
-
-    @cached_property
-    def maxima(self) -> RangeMax:
-        sizes = np.diff(np.flatnonzero(np.diff(self.code, prepend=-1, append=-1)))
-        return RangeMax(self.amount, int(sizes.max(initial=1)))
-
-    @cached_property
-    def amount_ranks(self) -> tuple[IntArray, CountLess]:
-        ranks = np.unique(self.amount, return_inverse=True)[1].astype(np.int64)
-        return ranks, CountLess(ranks, int(ranks.max(initial=0)))
-
-    @cached_property
-    def repeats(self) -> CountLess:
-        """Counts events whose previous event with the same value lies before a position: the new values of a range."""
-        values = self.table.codes(self.value_column)[self.rows]
-        places = np.lexsort((np.arange(len(values)), values, self.code))
-        same = (np.diff(values[places]) == 0) & (np.diff(self.code[places]) == 0)
-        previous = np.zeros(len(values), np.int64)  # position + 1, 0 for none
-        previous[places[1:]] = np.where(same, places[:-1] + 1, 0)
-        return CountLess(previous, len(values))
-
-    @cached_property
-    def labels(self) -> _Labels:
-        return _Labels(self)
-
-
-class _Labels:
-    """Fraud labels of one key, sorted by key value and label position."""
-
-    def __init__(self, group: _Group) -> None:
-        label = group.table.label[group.rows]
-        fraud = np.flatnonzero(label)
-        fraud = fraud[np.lexsort((label[fraud], group.code[fraud]))]
-        self.position, self.totals = label[fraud], prefix(group.amount[fraud])
-        self._group, self._sorted = group, np.sort(self.position)
-        self._scale = len(fraud) + 1
-        self._place = group.code[fraud] * self._scale + np.searchsorted(self._sorted, self.position, "right")
-
-    def bounds(self, shift: int) -> IntArray:
-        """[K] number of sorted labels up to each event's time minus the shift, within its key."""
-        rank = np.searchsorted(self._sorted, self._group.order - shift, "right")
-        return np.searchsorted(self._place, self._group.code * self._scale + rank, "right")
-
-
-class _Window(Frame):
-    """One key and window over all its events; arrays are [K]."""
-
-    def __init__(self, group: _Group, window_us: int) -> None:
-        self._group, self._window_us, self._delay = group, window_us, group.table.delay
-        self.now, self.amount = group.order, group.amount
-        self._here = np.arange(len(group.order))
-
-    @cached_property
-    def _start(self) -> IntArray:
-        return self._group.bounds(self._window_us)
-
-    def _sum(self, sums: IntArray) -> IntArray:
-        return sums[1:] - sums[self._start]
-
-    def count(self) -> IntArray:
-        return self._here + 1 - self._start
-
-    def total(self) -> IntArray:
-        return self._sum(self._group.totals)
-
-    def moments(self) -> tuple[IntArray, IntArray]:
-        first, second = self._group.capped_sums
-        return self._sum(first), self._sum(second)
-
-    def largest(self) -> IntArray:
-        return self._group.maxima(self._start, self._here + 1)
-
-    def smaller(self) -> IntArray:
-        ranks, counter = self._group.amount_ranks
-        return counter(self._start, self._here, ranks)
-
-    def large(self) -> IntArray:
-        return self._sum(self._group.large_sums)
-
-    def distinct(self) -> IntArray:
-        return self._group.repeats(self._start, self._here + 1, self._start + 1)
-
-    def first_order(self) -> IntArray:
-        return self._group.order[self._start]
-
-    def previous_order(self) -> IntArray:
-        return self._group.order[self._here - 1]
-
-    @cached_property
-    def _matured(self) -> tuple[IntArray, IntArray]:
-        first, last = self._group.bounds(self._delay + self._window_us), self._group.bounds(self._delay)
-        return last - first, self._group.totals[last] - self._group.totals[first]
-
-    def matured(self) -> tuple[IntArray, IntArray]:
-        return self._matured
-
-    @cached_property
-    def _label_range(self) -> tuple[IntArray, IntArray]:
-        labels = self._group.labels
-        return labels.bounds(self._window_us), labels.bounds(0)
-
-    def frauds(self) -> tuple[IntArray, IntArray]:
-        (first, last), totals = self._label_range, self._group.labels.totals
-        return last - first, totals[last] - totals[first]
-
-    def fraud_times(self) -> tuple[IntArray, IntArray]:
-        first, last = self._label_range
-        padded = np.append(self._group.labels.position, 0)
-        return padded[first], padded[last - 1]
-
-    def clean(self) -> IntArray:
-        after = self._group.find(self._group.table.rank(self.fraud_times()[1] - self._delay))
-        return self._group.bounds(self._delay) - after
-
-
-def _combined(table: _Table, columns: Sequence[str]) -> IntArray:
-    code = table.codes(columns[0])
-    for column in columns[1:]:
-        other = table.codes(column)
-        code = np.unique(code * (int(other.max(initial=0)) + 1) + other, return_inverse=True)[1].astype(np.int64)
-    return code
-
-
-def _has_history(table: _Table, columns: Sequence[str]) -> NDArray[np.bool_]:
-    if columns[0] != "device_id":
-        return np.ones(len(table.order), np.bool_)
-    return (table.frame["device_id"] != UNKNOWN_DEVICE).to_numpy()
+def _sequence(history: History, length: int, horizon: int) -> FloatArray:
+    """[N, S, C] earlier events of the card, no older than the horizon."""
+    result = np.zeros((len(history.order), length, len(SEQUENCE_CHANNELS)))
+    result[:, :, 1] = -1.0
+    rows, start = history.cards.rows, history.cards.bounds(horizon)
+    terminal, country, channel = history.codes("terminal_id"), history.codes("country"), history.channel()
+    for lag in range(1, length + 1):
+        now = np.flatnonzero(np.arange(len(rows)) - lag >= start)
+        this, past = rows[now], rows[now - lag]
+        age = (history.order[this] - history.order[past]) / SECOND_US
+        same = terminal[this] == terminal[past], country[this] == country[past]
+        known = (history.label[past] > 0) & (history.label[past] <= history.order[this])
+        result[this, lag - 1] = np.stack([history.amount[past], age, *same, channel[past], known], axis=1)
+    return result

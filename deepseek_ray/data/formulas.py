@@ -203,6 +203,9 @@ _REQUEST_ORDER = [
 ]  # fmt: skip
 
 
+REQUEST_WIDTH = len(_REQUEST_ORDER)
+
+
 def request_columns(names: tuple[str, ...]) -> NDArray[np.intp]:
     """Where each request feature stands in the output of :func:`request_values`."""
     return np.array([_REQUEST_ORDER.index(name) for name in names], np.intp)

@@ -105,8 +105,12 @@ class VectorSpec:
         return {key: tuple(sorted({f.window_us for f in self.features if f.key == key})) for key in self.keys}
 
     def horizon_us(self, owner: str, delay_us: int) -> int:
-        """How far back an owner's (card, terminal, device) events matter, in microseconds."""
-        needed = [DAY_US, LARGE_WINDOW_US if owner == "card" else 0]
+        """How far back an owner's (card, terminal, device) events matter, in microseconds.
+
+        A card also keeps its events for LARGE_WINDOW_US after their label delay: a label that becomes known later than
+        the card's horizon after its event is not counted by any feature, in both engines.
+        """
+        needed = [DAY_US, LARGE_WINDOW_US + delay_us if owner == "card" else 0]
         for feature in self.features:
             if OWNERS[self.keys[feature.key][0]] == owner:
                 needed.append(feature.window_us + (delay_us if feature.delayed else 0))

@@ -27,7 +27,7 @@ def world(
     }
     order = assign_order(event, ids)
     fraud = rng.random(rows) < 0.15
-    label = order + int(delay * DAY_US) + np.where(rng.random(rows) < 0.3, rng.integers(0, 9 * DAY_US, rows), 0)
+    label = order + max(int(delay * DAY_US), 1) + np.where(rng.random(rows) < 0.3, rng.integers(0, 9 * DAY_US, rows), 0)
     is_fraud = [None if rng.random() < 0.1 else int(f) for f in fraud]
     return pl.DataFrame(
         {

@@ -1,0 +1,363 @@
+"""The stream engine: the same features as the batch engine, computed as each event arrives.
+
+It remembers the recent events of every card, terminal and device (data/state.py) in a state store and applies the
+shared formulas to them, so that a served vector equals the recomputed one to the last bit.
+
+One process writes a state at a time. Within :meth:`StreamEngine.observe_many` all states are read in one round trip
+and written in one.
+
+    F  features     S  sequence length     C  sequence channels     W  windows of a key     R  request features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from deepseek_ray.data import state as st
+from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS
+from deepseek_ray.data.events import CHANNELS, Transaction, to_us
+from deepseek_ray.data.formulas import (
+    FORMULAS,
+    REQUEST_WIDTH,
+    WITHOUT_HISTORY,
+    FloatArray,
+    IntArray,
+    delay_us,
+    is_large,
+    merchant_bucket,
+    request_columns,
+    request_values,
+)
+from deepseek_ray.data.history import UNKNOWN_DEVICE
+from deepseek_ray.data.state import State, StateStore, hashed
+from deepseek_ray.data.stream_frame import StreamFrame
+from deepseek_ray.data.warm import states_of
+from deepseek_ray.data.windows import LARGE_WINDOW_US, OWNERS, SECOND_US, Declaration, VectorSpec
+from deepseek_ray.errors import FeatureError, StaleEventError
+
+_CARD_ROW = {
+    "terminal_id": st.OTHER,
+    "device_id": st.DEVICE,
+    "country": st.COUNTRY,
+    "merchant_category": st.CATEGORY,
+    "channel": st.CHANNEL,
+}
+_CHANNEL_CODE = {name: code for code, name in enumerate(CHANNELS)}
+_WARM_CHUNK = 2_000
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the model sees of one event.
+
+    Attributes:
+        order_us: position of the event in time.
+        values: float64 [F].
+        sequence: float64 [S, C], newest earlier event first.
+        cold: which of card, terminal, device were without history.
+    """
+
+    order_us: int
+    values: FloatArray
+    sequence: FloatArray
+    cold: list[str]
+
+
+@dataclass(frozen=True)
+class _Key:
+    """One key of the vector: where its events are and what to compute on them."""
+
+    owner: str
+    column: int | None  # row of the card's events that must equal the current event's
+    windows: IntArray
+    aggregations: tuple[str, ...]
+    without_history: FloatArray
+
+
+class StreamEngine:
+    """Computes vectors event by event.
+
+    Args:
+        declaration: the declaration the vector belongs to; its vectors share nothing in the store.
+        spec: the vector.
+        store: where states live; read and written through.
+        label_delay_days: a label counts no earlier than this many days after its event.
+        sequence_len: S.
+    """
+
+    def __init__(
+        self,
+        declaration: Declaration,
+        spec: VectorSpec,
+        store: StateStore,
+        *,
+        label_delay_days: float,
+        sequence_len: int,
+    ) -> None:
+        if declaration.vector(spec.name) != spec:
+            raise FeatureError(
+                f"Vector {spec.name!r} is not of this declaration.", fix="take it from declaration.vector()"
+            )
+        self.spec, self._store, self._length = spec, store, sequence_len
+        self._delay = delay_us(label_delay_days)
+        self._horizon = {owner: spec.horizon_us(owner, self._delay) for owner in OWNERS.values()}
+        self._keys = [_plan(spec, key) for key in spec.keys]
+        self._take = self._positions()
+        self._unwritten: dict[str, State] = {}
+
+    def observe(self, tx: Transaction) -> Served:
+        """Compute the vector of an event, remember the event and write its states.
+
+        Raises:
+            StaleEventError: the event is older than its card's last one.
+            FeatureError: a stored state is corrupted.
+        """
+        served = self.observe_many([tx])[0]
+        if isinstance(served, FeatureError):
+            raise served
+        return served
+
+    def observe_many(self, txs: Sequence[Transaction], *, write: bool = True) -> list[Served | FeatureError]:
+        """Observe events in order of arrival, with one read and one write of the store.
+
+        An event that is stale or whose state is corrupted is not remembered; its error stands in its place. With
+        ``write=False`` the new states stay in this process (later calls see them) until :meth:`flush`: log the
+        predictions durably in between, and a crash loses nothing that :meth:`restore` cannot bring back.
+        """
+        broken: dict[str, FeatureError] = {}
+        states = self._load((key for tx in txs for key in self._owner_keys(tx).values()), broken)
+        results = [self._serve(tx, states, broken) for tx in txs]
+        if write:
+            self.flush()
+        return results
+
+    def flush(self) -> None:
+        """Write the states that ``write=False`` has held back."""
+        if self._unwritten:
+            self._store.write_states([(key, s.encode(), s.last_order) for key, s in self._unwritten.items()])
+            self._unwritten = {}
+
+    def peek(self, tx: Transaction) -> Served:
+        """The vector of an event, without remembering it.
+
+        Raises:
+            StaleEventError: the event is older than its card's last one.
+        """
+        keys = self._owner_keys(tx)
+        states = self._load(keys.values())
+        cold = [owner for owner, key in keys.items() if not states[key].events.size]
+        return self._vector(tx, self._advance(tx, keys, states, order=None), cold)
+
+    def last_event_us(self, card_ids: Sequence[str]) -> dict[str, int]:
+        """Event time of each remembered card's newest event, in microseconds; others are missing from the answer."""
+        keys = {card_id: self._key("card", card_id) for card_id in card_ids}
+        states = self._load(keys.values())
+        return {card_id: states[key].last_event_us for card_id, key in keys.items() if states[key].last_order}
+
+    def restore(self, tx: Transaction, order_us: int) -> None:
+        """Remember an event served before a crash at its logged order; a state that has it stays as it is."""
+        keys = self._owner_keys(tx)
+        states = self._load(keys.values())
+        for owner, after in self._advance(tx, keys, states, order=order_us).items():
+            if states[keys[owner]].last_order < order_us:
+                self._unwritten[keys[owner]] = after
+        self.flush()
+
+    def apply_label(
+        self,
+        card_id: str,
+        terminal_id: str,
+        device_id: str,
+        order_us: int,
+        is_fraud: bool,
+        known_us: int,
+        *,
+        write: bool = True,
+    ) -> int:
+        """Take in the truth about an event and return the label's position (``label_us``).
+
+        The position is never before the label delay, the moment it became known, or an event already served for the
+        same card, terminal or device. A second label for the same event changes nothing. A label that comes later
+        than the card's horizon after its event is counted by no feature. ``write`` as in :meth:`observe_many`.
+
+        Raises:
+            FeatureError: the card does not remember the event, or a stored state is corrupted.
+        """
+        keys = self._keys_of(card_id, terminal_id, device_id)
+        states = self._load(keys.values())
+        served = max(states[key].last_order + 1 for key in keys.values())
+        position = max(order_us + max(self._delay, 1), known_us, served)
+        if is_fraud:
+            position = self._place_label(keys, states, order_us, position)
+        if write:
+            self.flush()
+        return position
+
+    def restore_label(self, card_id: str, terminal_id: str, device_id: str, order_us: int, label_us: int) -> None:
+        """Take in a fraud label from the log at the position that ``apply_label`` returned before a crash."""
+        keys = self._keys_of(card_id, terminal_id, device_id)
+        self._place_label(keys, self._load(keys.values()), order_us, label_us)
+        self.flush()
+
+    def _place_label(self, keys: dict[str, str], states: dict[str, State], order_us: int, position: int) -> int:
+        if position - order_us > self._horizon["card"]:
+            return position
+        card = states[keys["card"]]
+        event = card.find(order_us)
+        if event < 0:
+            problem = f"The card state {keys['card']!r} has no event at order {order_us}."
+            raise FeatureError(problem, fix="check the ids, or warm the online store again")
+        if card.events[st.LABEL, event]:
+            return int(card.events[st.LABEL, event])
+        amount = int(card.events[st.AMOUNT, event])
+        self._unwritten.update({key: states[key].with_label(position, amount) for key in keys.values()})
+        self._unwritten[keys["card"]] = self._unwritten[keys["card"]].marked(event, position)
+        return position
+
+    def warm(self, transactions: pl.DataFrame) -> int:
+        """Replace the states of all owners of a transactions table by what its rows leave behind.
+
+        Known labels are taken over at their positions. Give at least the card's horizon plus 30 days before the first
+        event to be served. Returns the number of states written.
+        """
+        written = 0
+        batch: list[tuple[str, bytes, int]] = []
+        for owner, identifier, state in states_of(transactions, self._delay, self._horizon):
+            batch.append((self._key(owner, identifier), state.encode(), state.last_order))
+            if len(batch) == _WARM_CHUNK:
+                self._store.write_states(batch)
+                written, batch = written + len(batch), []
+        self._store.write_states(batch)
+        return written + len(batch)
+
+    def _key(self, owner: str, identifier: str) -> str:
+        return f"{self.spec.service}/{owner}/{identifier}"
+
+    def _keys_of(self, card_id: str, terminal_id: str, device_id: str) -> dict[str, str]:
+        keys = {"card": self._key("card", card_id), "terminal": self._key("terminal", terminal_id)}
+        if device_id != UNKNOWN_DEVICE:
+            keys["device"] = self._key("device", device_id)
+        return keys
+
+    def _owner_keys(self, tx: Transaction) -> dict[str, str]:
+        return self._keys_of(tx.card_id, tx.terminal_id, tx.device_id)
+
+    def _load(self, keys: Iterable[str], broken: dict[str, FeatureError] | None = None) -> dict[str, State]:
+        """States by key, a new one where there is none; corrupted ones go to ``broken`` when it is given."""
+        wanted = dict.fromkeys(keys)
+        missing = [key for key in wanted if key not in self._unwritten]
+        states = {key: self._unwritten[key] for key in wanted if key in self._unwritten}
+        for key, blob in zip(missing, self._store.read_states(missing) if missing else [], strict=True):
+            try:
+                states[key] = self._decode(key, blob)
+            except FeatureError as error:
+                if broken is None:
+                    raise
+                broken[key] = error
+        return states
+
+    def _decode(self, key: str, blob: bytes | None) -> State:
+        owner = key.split("/", 2)[1]
+        columns, horizon = st.CARD_COLUMNS if owner == "card" else st.OTHER_COLUMNS, self._horizon[owner]
+        return st.empty(columns, horizon) if blob is None else st.decode(blob, key, columns, horizon)
+
+    def _serve(
+        self, tx: Transaction, states: dict[str, State], broken: dict[str, FeatureError]
+    ) -> Served | FeatureError:
+        keys = self._owner_keys(tx)
+        for key in keys.values():
+            if key in broken:
+                return broken[key]
+        cold = [owner for owner, key in keys.items() if not states[key].events.size]
+        try:
+            after = self._advance(tx, keys, states, order=None)
+        except StaleEventError as error:
+            return error
+        fresh = {keys[owner]: state for owner, state in after.items()}
+        states.update(fresh)
+        self._unwritten.update(fresh)
+        return self._vector(tx, after, cold)
+
+    def _advance(
+        self, tx: Transaction, keys: dict[str, str], states: dict[str, State], order: int | None
+    ) -> dict[str, State]:
+        """The owners' states with the event appended; the order is assigned where none is given."""
+        event_us, before = to_us(tx.event_time), {owner: states[key] for owner, key in keys.items()}
+        if order is None:
+            if event_us < before["card"].last_event_us:
+                late_s = (before["card"].last_event_us - event_us) / SECOND_US
+                problem = f"Transaction {tx.transaction_id!r} is {late_s:.6f} s older than the last event of its card."
+                raise StaleEventError(problem, fix="send a card's events in order of time")
+            order = max(event_us, *(state.last_order + 1 for state in before.values()))
+        terminal, device = hashed(tx.terminal_id), hashed(tx.device_id)
+        place = hashed(tx.country), hashed(tx.merchant_category), _CHANNEL_CODE[tx.channel]
+        card = before["card"].with_event((order, tx.amount_cents, terminal, device, *place, 0, 0), event_us)
+        orders, amounts = card.events[st.ORDER], card.events[st.AMOUNT]
+        recent = amounts[orders.searchsorted(order - LARGE_WINDOW_US, "right") :]
+        card.events[st.LARGE, -1] = is_large(tx.amount_cents, len(recent), int(recent.sum()))
+        row = (order, tx.amount_cents, hashed(tx.card_id))
+        others = {owner: state.with_event(row, event_us) for owner, state in before.items() if owner != "card"}
+        return {"card": card, **others}
+
+    def _vector(self, tx: Transaction, states: dict[str, State], cold: list[str]) -> Served:
+        card = states["card"].events
+        order = int(card[st.ORDER, -1])
+        parts = [_request(tx, order)]
+        for key in self._keys:
+            owned = states.get(key.owner)
+            if owned is None:
+                parts.append(key.without_history)
+                continue
+            frame = self._frame(key, owned)
+            parts += [FORMULAS[aggregation](frame) for aggregation in key.aggregations]
+        values = np.concatenate(parts)[self._take]
+        return Served(order, values, self._sequence(card), cold)
+
+    def _frame(self, key: _Key, state: State) -> StreamFrame:
+        order, amount, other = state.events[: st.OTHER_COLUMNS]
+        if key.column is not None:
+            column = state.events[key.column]
+            same = (column == column[-1]).nonzero()[0]
+            order, amount = order[same], amount[same]
+        large = state.events[st.LARGE] if key.owner == "card" else None
+        return StreamFrame(key.windows, self._delay, order, amount, other, large, state.labels)
+
+    def _sequence(self, events: IntArray) -> FloatArray:
+        result = np.zeros((self._length, len(SEQUENCE_CHANNELS)))
+        result[:, 1] = -1.0
+        past = events[:, :-1][:, ::-1][:, : self._length]
+        now, label = events[:, -1], past[st.LABEL]
+        rows = result[: past.shape[1]].T
+        rows[0], rows[1] = past[st.AMOUNT], (now[st.ORDER] - past[st.ORDER]) / SECOND_US
+        rows[2], rows[3] = past[st.OTHER] == now[st.OTHER], past[st.COUNTRY] == now[st.COUNTRY]
+        rows[4], rows[5] = past[st.CHANNEL], (label > 0) & (label <= now[st.ORDER])
+        return result
+
+    def _positions(self) -> IntArray:
+        """Where each feature of the vector stands in the concatenated parts."""
+        offset, place = REQUEST_WIDTH, {}
+        for name, key in zip(self.spec.keys, self._keys, strict=True):
+            for aggregation in key.aggregations:
+                for window in key.windows.tolist():
+                    place[name, aggregation, window] = offset
+                    offset += 1
+        windowed = [place[f.key, f.aggregation, f.window_us] for f in self.spec.features]
+        return np.array([*request_columns(self.spec.request), *windowed], np.int64)
+
+
+def _plan(spec: VectorSpec, name: str) -> _Key:
+    columns = spec.keys[name]
+    windows = np.array(spec.windows_us[name], np.int64)
+    aggregations = tuple(dict.fromkeys(f.aggregation for f in spec.features if f.key == name))
+    missing = np.repeat([WITHOUT_HISTORY.get(aggregation, 0.0) for aggregation in aggregations], len(windows))
+    return _Key(OWNERS[columns[0]], _CARD_ROW[columns[1]] if len(columns) > 1 else None, windows, aggregations, missing)
+
+
+def _request(tx: Transaction, order: int) -> FloatArray:
+    numbers = order, tx.amount_cents, _CHANNEL_CODE[tx.channel], merchant_bucket(tx.merchant_category)
+    known = tx.country != "unknown", tx.device_id != UNKNOWN_DEVICE
+    return request_values(*(np.array([n]) for n in numbers), *(np.array([k]) for k in known))[0]
