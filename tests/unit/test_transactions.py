@@ -145,7 +145,7 @@ def test_the_new_device_drift_shows_in_device_country_and_pace(base: pl.DataFram
 def test_the_night_drift_hops_over_terminals() -> None:
     new = drifted("terminal-night").filter(pl.col("fraud_scenario") == 5)
     assert set(new["device_id"]) == {"unknown"}
-    assert new["event_time"].dt.hour().max() <= 7
+    assert new["event_time"].dt.hour().max() <= 6
     assert new.group_by("card_id").agg(pl.col("terminal_id").n_unique())["terminal_id"].min() >= 3
 
 
