@@ -31,7 +31,7 @@ class DataConfig(Section):
     holdout_days: int = Field(7, ge=1)
     replay_days: int = Field(7, ge=0)
     label_delay_days: float = Field(7.0, ge=0)
-    drift: str = Field("none", description="name of a drift preset of data/transactions.py")
+    drift: str = Field("none", description="name of a drift preset of data/fraud_patterns.py")
     drift_start_day: int | None = Field(
         None, ge=0, description="day of the data on which the drift preset's day 0 falls; null: the first replay day"
     )
