@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from deepseek_ray import __version__
 from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError
+
+if TYPE_CHECKING:
+    from deepseek_ray.config import Config
+    from deepseek_ray.paths import RunPaths
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 PROGRAMS: dict[str, tuple[str, str]] = {
     "ingest": ("pipelines.risk.ingest", "read, check and store transactions"),
@@ -104,7 +112,11 @@ def _dispatch(arguments: list[str]) -> int:
         return start_program(arguments[0], arguments[1:])
     parser = build_parser()
     options = parser.parse_args(arguments)
-    status: int = options.run_verb(options)
+    root = checkout_root()
+    if root is not None:
+        os.environ.setdefault("DEEPSEEK_RAY_RUNS", str(root / "runs"))
+    module, _, function = options.command.partition(":")
+    status: int = getattr(importlib.import_module(module), function)(options)
     return status
 
 
@@ -117,22 +129,54 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    _add_doctor(verbs)
+    for add in (_add_doctor, _add_explain, _add_report, _add_registry):
+        add(verbs)
     for verb, (_, summary) in PROGRAMS.items():
         verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
     return parser
 
 
-def _add_doctor(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(verbs: Verbs) -> None:
     verb = verbs.add_parser("doctor", help="what works here, and the fix for what does not")
     verb.add_argument("--json", action="store_true", help="print the checks as JSON")
-    verb.add_argument("--run", help="run folder (default: runs/latest)")
+    _run_here(verb, "deepseek_ray.doctor:run")
+
+
+def _add_explain(verbs: Verbs) -> None:
+    verb = verbs.add_parser("explain", help="from a prediction to version, run, data, features and commit")
+    verb.add_argument("prediction_id", metavar="PREDICTION_ID")
+    verb.add_argument("--json", action="store_true", help="print everything as JSON")
+    _run_here(verb, "deepseek_ray.commands:explain")
+
+
+def _add_report(verbs: Verbs) -> None:
+    verb = verbs.add_parser("report", help="write the report of a run again")
+    _run_here(verb, "deepseek_ray.commands:report")
+
+
+def _add_registry(verbs: Verbs) -> None:
+    registry = verbs.add_parser("registry", help="history, promotion and rollback of versions")
+    actions = registry.add_subparsers(metavar="ACTION", required=True)
+    verb = actions.add_parser("history", help="who became champion, when, by which numbers")
+    verb.add_argument("--json", action="store_true", help="print everything as JSON")
+    _run_here(verb, "deepseek_ray.commands:history")
+    verb = actions.add_parser("promote", help="decide again on a version's recorded evidence, and promote it")
+    verb.add_argument("version", metavar="VERSION", help="a number or an alias")
+    _run_here(verb, "deepseek_ray.commands:promote")
+    verb = actions.add_parser("rollback", help="make the previous version champion again")
+    verb.add_argument("--note", default="", help="why, for the history")
+    _run_here(verb, "deepseek_ray.commands:rollback")
+
+
+def _run_here(verb: argparse.ArgumentParser, command: str) -> None:
+    """Finish a verb that a function ``module:name`` carries out in this process."""
     add_settings(verb)
-    verb.set_defaults(run_verb=_doctor)
+    verb.set_defaults(command=command)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the three arguments by which every program takes settings: a preset, a YAML file, overrides."""
+    """Add the arguments by which every program is told its run folder and settings; see ``settings_of``."""
+    parser.add_argument("--run", help="run folder (default: runs/latest)")
     parser.add_argument("--preset", default="demo", help="named settings of deepseek_ray/presets.py (default: demo)")
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     parser.add_argument(
@@ -140,15 +184,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from deepseek_ray import doctor
+def settings_of(options: argparse.Namespace) -> tuple[Config, RunPaths]:
+    """The config and the run folder that the options name.
+
+    Raises:
+        ConfigError: the preset, a key or a value is not valid.
+    """
     from deepseek_ray.paths import resolve_run
     from deepseek_ray.presets import load_preset
 
     config = load_preset(options.preset, file=options.config, overrides=options.overrides)
-    checks = doctor.examine(config, resolve_run(options.run))
-    print(doctor.to_json(checks) if options.json else doctor.to_table(checks))
-    return 1 if any(check.state == "broken" for check in checks) else 0
+    return config, resolve_run(options.run)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from deepseek_ray.cli import settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.paths import RunPaths, runs_root
 
@@ -40,6 +42,13 @@ class Check:
     state: State
     value: str
     fix: str = ""
+
+
+def run(options: argparse.Namespace) -> int:
+    """The verb: print all checks; status 1 when something is broken."""
+    checks = examine(*settings_of(options))
+    print(to_json(checks) if options.json else to_table(checks))
+    return 1 if any(check.state == "broken" for check in checks) else 0
 
 
 def examine(config: Config, paths: RunPaths) -> list[Check]:

@@ -1,0 +1,105 @@
+"""The verbs of ``deepseek-ray`` that ask the registry or the log. Each prints and returns an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from deepseek_ray.cli import settings_of
+from deepseek_ray.data.evidence import Evidence, VectorContract
+from deepseek_ray.errors import RegistryError
+from deepseek_ray.lineage import trace
+from deepseek_ray.online import gate
+from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, VersionInfo
+from deepseek_ray.report import write_report
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Print the lineage of a prediction."""
+    _, paths = settings_of(options)
+    sections = trace(options.prediction_id, paths, _registry(options))
+    if options.json:
+        print(json.dumps(sections, indent=2))
+        return 0
+    for name, section in sections.items():
+        print(name)
+        rows = section if isinstance(section, list) else [section]
+        for row in rows:
+            print("\n".join(f"  {key:<18} {_shown(value)}" for key, value in row.items()))
+    return 0
+
+
+def history(options: argparse.Namespace) -> int:
+    """Print the audit table and the aliases."""
+    registry = _registry(options)
+    entries, aliases = registry.history(), registry.aliases()
+    if options.json:
+        print(json.dumps({"aliases": aliases, "history": [_plain(entry) for entry in entries]}, indent=2))
+        return 0
+    print(", ".join(f"{alias}: version {number}" for alias, number in sorted(aliases.items())) or "no version is named")
+    for entry in entries:
+        move = f"champion {entry.champion_before or '-'} -> {entry.champion_after or '-'}"
+        print(f"{entry.at}  {entry.action:<8} version {entry.version:<4} {move}  {entry.note}".rstrip())
+        for check in json.loads(entry.decision).get("checks", []):
+            verdict = "pass" if check["passed"] else "FAIL"
+            print(f"    {verdict}  {check['name']:<24} {_number(check['value'])} (bound {_number(check['bound'])})")
+    return 0
+
+
+def promote(options: argparse.Namespace) -> int:
+    """Decide again on the recorded evidence of a version and of the champion, under the present bounds."""
+    config, _ = settings_of(options)
+    registry = _registry(options)
+    challenger = registry.get(options.version)
+    champion = registry.version_of(CHAMPION)
+    rival = _evidence(registry.get(champion)) if champion else None
+    info = registry.promote(challenger.version, gate.decide(rival, _evidence(challenger), config.gate))
+    print(f"champion: version {info.version} (before: {champion or 'none'})")
+    return 0
+
+
+def rollback(options: argparse.Namespace) -> int:
+    """Make the previous version champion again."""
+    info = _registry(options).rollback(options.note)
+    print(f"champion: version {info.version}")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the report of a run again from the results of its stages."""
+    _, paths = settings_of(options)
+    print(f"report: {write_report(paths)}")
+    return 0
+
+
+def _registry(options: argparse.Namespace) -> Registry:
+    config, paths = settings_of(options)
+    return Registry.open(paths, config.stores, name=config.model_name, create=False)
+
+
+def _evidence(info: VersionInfo) -> Evidence:
+    """The numbers that the gate last saw of a version, from its tag."""
+    decision = json.loads(info.tags.get("gate.decision", "{}"))
+    found = decision.get("evidence", {}).get("challenger")
+    if not found:
+        raise RegistryError(
+            f"Version {info.version} of {info.name!r} was never measured for the gate.",
+            fix="run deepseek-ray update, which measures, decides and promotes",
+        )
+    return Evidence(**{**found, "contract": VectorContract(**found["contract"])})
+
+
+def _plain(entry: AuditEntry) -> dict[str, Any]:
+    return {**asdict(entry), "decision": json.loads(entry.decision)}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "unknown" if value in (None, "") else str(value)
