@@ -73,6 +73,12 @@ class Evidence:
     contract: VectorContract
     old_average_precision: float | None = None
 
+    def __post_init__(self) -> None:
+        # JSON has no NaN: a number that was written as null is read back as what it was
+        for name in ("average_precision", "cp100", "calibration_error", "p99_ms", "prevalence"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, math.nan)
+
 
 @dataclass(frozen=True)
 class Check:

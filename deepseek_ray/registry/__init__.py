@@ -1,5 +1,6 @@
 """Runs, versions and promotions: the only door to MLflow."""
 
+import logging
 import os
 import warnings
 
@@ -11,6 +12,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow warns about type hints of its own classes
     import mlflow.pyfunc  # noqa: F401
+
+# what its database layer has to say reaches the user as one of our errors
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 # ruff: noqa: E402  the environment above must be set before MLflow is imported
 from deepseek_ray.registry.audit import AuditEntry

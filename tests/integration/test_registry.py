@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,33 @@ import pytest
 import torch
 
 import deepseek_ray.models as models
-from deepseek_ray.config import ModelConfig
-from deepseek_ray.data.evidence import GATES, Check, GateDecision
+from deepseek_ray.cli import main
+from deepseek_ray.config import GateConfig, ModelConfig
+from deepseek_ray.data.evidence import Evidence, VectorContract
+from deepseek_ray.errors import GateRefusedError
 from deepseek_ray.models import RiskModel, RiskModelConfig
+from deepseek_ray.online.gate import decide
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema, Lineage, Probes, Registry, Tracking
 
 ROOT = Path(__file__).resolve().parents[2]
+
+PAGE = (ROOT / "docs" / "registry.md").read_text(encoding="utf-8")
+
+LINEAGE = Lineage(data_digest="d", git_commit="c", train_start="2026-01-01", train_end="2026-02-01")
+
+EVIDENCE = Evidence(
+    name="risk",
+    version="1",
+    average_precision=0.6,
+    cp100=0.3,
+    calibration_error=0.01,
+    p99_ms=5.0,
+    prevalence=0.01,
+    heldout_digest="days",
+    contract=VectorContract(schema="s", feature_service="risk_v1", feature_digest="f"),
+    old_average_precision=0.5,
+)
 
 SCORE = """
 import mlflow, pandas, sys
@@ -40,12 +62,24 @@ def run(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated MLflow database; making one takes seconds."""
+    paths = RunPaths(tmp_path_factory.mktemp("template"))
+    Tracking.open(paths, experiment="template")
+    return paths.root / "mlflow.db"
+
+
 @pytest.fixture
-def champion(tmp_path: Path) -> Registry:
+def champion(tmp_path: Path, template: Path) -> Registry:
     torch.manual_seed(0)
     shape = ModelConfig(d_model=8, num_layers=1, num_heads=2, num_experts=4, d_expert=8, num_bins=4)
     config = RiskModelConfig(
-        feature_names=("amount", "count_1d"), sequence_len=2, shape=shape, feature_service="risk_v1"
+        feature_names=("amount", "count_1d"),
+        sequence_len=2,
+        shape=shape,
+        feature_service="risk_v1",
+        feature_digest="f",
     )
     model = RiskModel(config)
     rng = np.random.default_rng(0)
@@ -54,18 +88,19 @@ def champion(tmp_path: Path) -> Registry:
     folder = model.save_pretrained(tmp_path / "model")
     probe = rng.uniform(0, 5, (4, 2)), rng.uniform(0, 5, (4, 2, 6))
     expected = models.load(folder).predict_proba(*probe)
-    registry = Registry.open(RunPaths(tmp_path / "run").create())
-    lineage = Lineage(data_digest="d", git_commit="c", train_start="2026-01-01", train_end="2026-02-01")
+    paths = RunPaths(tmp_path / "run").create()
+    shutil.copy(template, paths.root)
+    registry = Registry.open(paths)
     with registry.tracking.start_run("train") as opened:
         registry.register(
             folder,
             opened.run_id,
             InputSchema.of(config),
-            lineage,
+            LINEAGE,
             probes=Probes(features=probe[0], sequence=probe[1], expected=expected),
         )
-    checks = tuple(Check(name, True, 1.0, 1.0) for name in GATES)
-    registry.promote("1", GateDecision(name="risk", version="1", champion_version=None, checks=checks))
+    first = replace(EVIDENCE, contract=InputSchema.of(config).contract)
+    registry.promote("1", decide(None, first, GateConfig()))
     return registry
 
 
@@ -89,3 +124,33 @@ def test_several_processes_may_be_the_first_to_open_the_store(tmp_path: Path) ->
     assert [process.returncode for process in started] == [0, 0], results
     assert len({out for out, _ in results}) == 1
     Tracking.open(RunPaths(tmp_path), create=False)
+
+
+def test_the_snippet_of_the_page_runs(champion: Registry) -> None:
+    snippet = PAGE.partition("```python\n")[2].partition("```")[0]
+    process = run(snippet, MLFLOW_TRACKING_URI=champion.tracking.uri)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert 0.0 <= float(out.strip(" []\n")) <= 1.0
+
+
+def test_the_cli_shows_promotes_and_rolls_back(
+    champion: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = champion.get("champion")
+    with champion.tracking.start_run("update") as opened:
+        two = champion.register(tmp_path / "model", opened.run_id, one.schema, LINEAGE)
+    evidence = replace(EVIDENCE, contract=one.schema.contract)
+    slow = replace(evidence, version=two.version, p99_ms=40.0)
+    with pytest.raises(GateRefusedError, match="p99_scoring_ms"):
+        champion.promote(two.version, decide(evidence, slow, GateConfig()))
+    run_folder = ["--run", str(champion.tracking.paths.root)]
+    assert main(["registry", "promote", "2", "--set", "gate.max_p99_ms=30", *run_folder]) == 2
+    assert "p99_scoring_ms = 40 (bound 30)" in capsys.readouterr().err
+    assert main(["registry", "promote", "2", "--set", "gate.max_p99_ms=50", *run_folder]) == 0
+    assert champion.aliases() == {"champion": "2", "previous": "1"}
+    assert main(["registry", "rollback", "--note", "false alarms doubled at noon", *run_folder]) == 0
+    assert main(["registry", "history", *run_folder]) == 0
+    shown = capsys.readouterr().out
+    assert "champion: version 1" in shown
+    assert "false alarms doubled at noon" in shown

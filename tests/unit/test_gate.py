@@ -138,6 +138,12 @@ def test_a_decision_is_json_even_with_nan() -> None:
     assert tree["evidence"]["bounds"]["max_forgetting"] == BOUNDS.max_forgetting
 
 
+def test_evidence_read_back_from_json_decides_the_same() -> None:
+    tree = json.loads(decide(CHAMPION, replace(BETTER, p99_ms=math.nan), BOUNDS).to_json())["evidence"]["challenger"]
+    again = Evidence(**{**tree, "contract": VectorContract(**tree["contract"])})
+    assert failed(decide(CHAMPION, again, BOUNDS)) == ["p99_scoring_ms"]
+
+
 @given(champion=SHARES, challenger=SHARES, gain=SHARES, drop=SHARES)
 def test_more_precision_never_turns_yes_into_no(champion: float, challenger: float, gain: float, drop: float) -> None:
     bounds = GateConfig(max_average_precision_drop=drop)

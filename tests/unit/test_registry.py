@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -30,6 +31,7 @@ from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema, Lineage, Probes, Registry, Tracking, VersionInfo, git_commit
 from deepseek_ray.registry.audit import Audit, AuditEntry
 from deepseek_ray.registry.package import Floats
+from deepseek_ray.registry.tracking import _sqlite_problem
 
 SCHEMA = InputSchema(
     columns=("amount", "count_1d"),
@@ -303,6 +305,18 @@ def test_locked_audit_table_stops_a_promotion(two: Registry) -> None:
     finally:
         holder.close()
     assert two.version_of("champion") == "1"
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        ("attempt to write a readonly database", r"cannot be written.*make its folder writable"),
+        ("database is locked", r"stayed locked for 3 s.*end the process"),
+        ("database disk image is malformed", r"cannot be read.*restore it"),
+    ],
+)
+def test_sqlite_problems_name_their_fix(cause: str, told: str) -> None:
+    assert re.search(told, str(_sqlite_problem(Path("mlflow.db"), 3, sqlite3.OperationalError(cause))))
 
 
 def test_unwritable_folder() -> None:
