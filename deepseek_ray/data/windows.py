@@ -22,7 +22,7 @@ from deepseek_ray.errors import FeatureError
 
 DECLARATION = Path(__file__).resolve().parents[2] / "features" / "windows.yaml"
 FORMULA_VERSION = 1
-"""Part of every digest: raise it when a formula changes its value for the same declaration."""
+"""``version`` of the declaration and part of every digest: raise both when a formula changes its value."""
 
 SECOND_US = 1_000_000
 DAY_US = 86_400 * SECOND_US
@@ -143,6 +143,11 @@ def load(path: Path | None = None) -> Declaration:
     source = path or DECLARATION
     try:
         tree = yaml.safe_load(source.read_text(encoding="utf-8"))
+        if tree["version"] != FORMULA_VERSION:
+            problem = (
+                f"Feature declaration {str(source)!r} has version {tree['version']!r}, the formulas {FORMULA_VERSION}."
+            )
+            raise FeatureError(problem, fix="use a declaration and a library of one release")
         keys = {key: tuple(columns) for key, columns in tree["keys"].items()}
         vectors = {name: _vector(name, body, keys) for name, body in tree["vectors"].items()}
     except OSError as error:
@@ -175,8 +180,9 @@ def _vector(name: str, body: Mapping[str, Any], keys: Mapping[str, tuple[str, ..
     if twice:
         raise FeatureError(f"Vector {name!r} declares {sorted(twice)[0]!r} twice.", fix="remove one of them")
     used = {key: keys[key] for key in dict.fromkeys(feature.key for feature in features)}
-    shape = [[f.key, keys[f.key], f.aggregation, f.window_us] for f in features]
-    text = json.dumps([FORMULA_VERSION, body["service"], request, shape], separators=(",", ":"))
+    text = json.dumps(
+        [FORMULA_VERSION, {k: list(c) for k, c in keys.items()}, body], sort_keys=True, separators=(",", ":")
+    )
     return VectorSpec(name, body["service"], hashlib.sha256(text.encode()).hexdigest(), request, tuple(features), used)
 
 

@@ -60,12 +60,20 @@ def test_an_unknown_vector_is_named() -> None:
 )
 def test_a_bad_entry_is_named(tmp_path: Path, block: dict[str, object], message: str) -> None:
     tree = {
+        "version": 1,
         "keys": {"card": ["card_id"], "terminal": ["terminal_id"]},
         "vectors": {"vector": {"service": "s_v1", "request": ["amount_cents"], "events": [block, block]}},
     }
     source = tmp_path / "windows.yaml"
     source.write_text(yaml.safe_dump(tree))
     with pytest.raises(FeatureError, match=message):
+        windows.load(source)
+
+
+def test_a_declaration_of_other_formulas_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "windows.yaml"
+    source.write_text("version: 99")
+    with pytest.raises(FeatureError, match="version 99"):
         windows.load(source)
 
 

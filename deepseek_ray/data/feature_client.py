@@ -1,0 +1,278 @@
+"""The one door to Feast: registry of vectors, offline store of their history, online store of live states.
+
+A run has its own Feast repository in ``RunPaths.feature_store``. Offline, one folder of parquet files a service,
+appended to under a lock (Feast's own concurrent append left unreadable files). Online, states are read and written
+directly with ready-made messages: ``get_online_features`` and ``push`` cost 2-20 times more (docs/features.md).
+
+    N  rows     F  features     S  sequence length     C  sequence channels
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from deepseek_ray.data import windows
+from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS, FeatureTable
+from deepseek_ray.data.windows import SECOND_US, Declaration
+from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
+from deepseek_ray.logs import silence_telemetry
+from deepseek_ray.paths import RunPaths
+
+silence_telemetry()
+
+from feast import FeatureStore  # noqa: E402 - after telemetry is off
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey  # noqa: E402
+from feast.protos.feast.types.Value_pb2 import Value  # noqa: E402
+
+REPOSITORY = windows.DECLARATION.parent
+PASSWORD_ENV = "DEEPSEEK_RAY_REDIS_PASSWORD"
+_COPIED = ("definitions.py", "windows.yaml", ".feastignore")
+_STATE_VIEW, _STATE = "entity_state", "state"
+_BUSY_TIMEOUT_MS = 5_000
+_READ_CHUNK = 10_000
+
+
+class FeatureClient:
+    """Feast for one run. Cheap to make and to pickle; Feast's store opens on first use.
+
+    Args:
+        paths: the run.
+        online_store: ``redis://host:port`` (``rediss`` for TLS; the password comes from DEEPSEEK_RAY_REDIS_PASSWORD),
+            else SQLite in the run folder.
+    """
+
+    def __init__(self, paths: RunPaths, online_store: str = "") -> None:
+        self.paths, self.online_store = paths, online_store
+        self._opened: Any = None
+        self._view: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureClient, (self.paths, self.online_store)
+
+    def apply(self) -> None:
+        """Write the run's Feast repository and register every vector of features/windows.yaml; safe to repeat.
+
+        Raises:
+            ConfigError: the online store's URL is not understood.
+            EnvironmentProblemError: the run folder cannot be written.
+        """
+        folder = self.paths.feature_store
+        with _writing(folder):
+            settings = yaml.safe_load((REPOSITORY / "feature_store.yaml").read_text(encoding="utf-8"))
+            if self.online_store:
+                settings["online_store"] = _redis(self.online_store)
+            for name in _COPIED:
+                shutil.copyfile(REPOSITORY / name, folder / name)
+            (folder / "feature_store.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+            definitions = _load_module(folder / "definitions.py")
+            objects = [definitions.card, definitions.owner, definitions.entity_state]
+            FeatureStore(repo_path=str(folder)).apply(
+                [*objects, *definitions.VIEWS.values(), *definitions.SERVICES.values()]
+            )
+        self._opened = self._view = None
+
+    def services(self) -> dict[str, dict[str, str]]:
+        """Registered service -> its tags (``vector`` and ``digest``)."""
+        return {service.name: dict(service.tags) for service in self._store().list_feature_services()}
+
+    def declaration(self) -> Declaration:
+        """The declaration this run was applied with."""
+        return windows.load(self.paths.feature_store / "windows.yaml")
+
+    def write_offline(self, table: FeatureTable) -> Path:
+        """Append vectors to the offline store as one parquet file, whole or not at all.
+
+        Raises:
+            FeatureError: the service is not registered with this digest.
+        """
+        tags = self.services().get(table.service)
+        if tags is None or tags["digest"] != table.digest:
+            problem = f"Service {table.service!r} with digest {table.digest[:12]} is not registered in this run."
+            raise FeatureError(problem, fix="apply() the declaration the vectors were computed with")
+        folder = self._offline(table.service)
+        with _writing(folder):
+            part = folder / f"part-{len(list(folder.glob('part-*.parquet'))):05d}.parquet"
+            temporary = part.with_suffix(".writing")
+            pq.write_table(_arrow(table), temporary, compression="zstd", compression_level=1)
+            os.replace(temporary, part)
+        return part
+
+    def historical(self, entities: pl.DataFrame, service: str) -> FeatureTable:
+        """The point-in-time join: for each (card_id, order_us) the card's newest vector at or before that order.
+
+        The same rows as Feast's ``get_historical_features``, by a Polars as-of join. A vector contains the event it is
+        stamped with: ask at ``order_us`` for the vector of that event.
+
+        Args:
+            entities: columns ``card_id`` and ``order_us``.
+            service: registered service.
+
+        Raises:
+            FeatureError: nothing is stored, or some card has no vector at or before its order.
+        """
+        stored = self._stored(service)
+        keys = stored.select("card_id", "order_us").with_row_index("place").sort("order_us")
+        wanted = entities.select("card_id", "order_us").with_row_index("row").sort("order_us")
+        joined = wanted.join_asof(keys, on="order_us", by="card_id", check_sortedness=False).sort("row")
+        lost = joined.filter(pl.col("place").is_null())
+        if lost.height:
+            problem = f"{lost.height} rows have no vector, the first is card {lost['card_id'][0]!r}."
+            raise FeatureError(problem, fix="compute and write_offline() the features of these transactions")
+        return self._table(stored[joined["place"]], service)
+
+    def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
+        """State blobs from the online store in the order of the keys, None where there is none; one round trip."""
+        store, view = self._store(), self._state_view()
+        blobs: list[bytes | None] = []
+        for first in range(0, len(keys), _READ_CHUNK):
+            messages = [_entity_key(key) for key in keys[first : first + _READ_CHUNK]]
+            found = _online(store).online_read(store.config, view, messages, [_STATE])
+            blobs += [values[_STATE].bytes_val if values else None for _, values in found]
+        return blobs
+
+    def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
+        """Write (key, blob, order_us) triples in one batch. One process writes a key: the newest write wins."""
+        store, view = self._store(), self._state_view()
+        rows = [(_entity_key(key), {_STATE: Value(bytes_val=blob)}, _time(order), None) for key, blob, order in states]
+        if rows:
+            _online(store).online_write_batch(store.config, view, rows, None)
+
+    def close(self) -> None:
+        """Release the online store's connection."""
+        if self._opened is not None and self._opened.config.online_store.type == "sqlite":
+            _online(self._opened)._get_conn(self._opened.config).close()
+        self._opened = self._view = None
+
+    def _store(self) -> Any:
+        if self._opened is None:
+            if not (self.paths.feature_store / "registry.db").exists():
+                problem = f"The run {str(self.paths.root)!r} has no feature store."
+                raise FeatureError(problem, fix="call apply() first, or name the right run")
+            self._opened = FeatureStore(repo_path=str(self.paths.feature_store))
+            _tune(self._opened)
+        return self._opened
+
+    def _state_view(self) -> Any:
+        if self._view is None:
+            self._view = self._store().get_feature_view(_STATE_VIEW)
+        return self._view
+
+    def _offline(self, service: str) -> Path:
+        return self.paths.feature_store / "offline" / service
+
+    def _stored(self, service: str) -> pl.DataFrame:
+        parts = sorted(self._offline(service).glob("part-*.parquet"))
+        if not parts:
+            raise FeatureError(f"No vectors of {service!r} are stored in this run.", fix="call write_offline() first")
+        return pl.read_parquet(parts)
+
+    def _table(self, rows: pl.DataFrame, service: str) -> FeatureTable:
+        tags = self.services()[service]
+        spec = self.declaration().vector(tags["vector"])
+        values, sequence = (_flat(rows[name]) for name in ("feature_values", "sequence"))
+        return FeatureTable(
+            rows["order_us"].to_numpy(),
+            rows["transaction_id"].to_numpy(),
+            rows["card_id"].to_numpy(),
+            values.reshape(len(rows), len(spec.names)),
+            sequence.reshape(len(rows), -1, len(SEQUENCE_CHANNELS)),
+            spec.names,
+            service,
+            tags["digest"],
+        )
+
+
+def _online(store: Any) -> Any:
+    return store._get_provider().online_store
+
+
+def _tune(store: Any) -> None:
+    """SQLite: a write-ahead log, no fsync a write, and patience with a second process."""
+    if store.config.online_store.type == "sqlite":
+        connection = _online(store)._get_conn(store.config)
+        connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _redis(url: str) -> dict[str, str]:
+    parts = urlsplit(url)
+    if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
+        raise ConfigError(f"stores.online_store = {url!r} is not understood.", fix="write redis://host:port")
+    if parts.password:
+        raise ConfigError("stores.online_store holds a password.", fix=f"put it into the environment as {PASSWORD_ENV}")
+    options = [f"{parts.hostname}:{parts.port or 6379}"]
+    options += [f"db={parts.path.strip('/')}"] if parts.path.strip("/") else []
+    options += ["ssl=true"] if parts.scheme == "rediss" else []
+    options += [f"password=${{{PASSWORD_ENV}}}"] if os.environ.get(PASSWORD_ENV) else []  # Feast expands it
+    return {"type": "redis", "connection_string": ",".join(options)}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """One writer at a time, over processes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".write.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        problem = f"The feature store {str(folder)!r} cannot be written: {error.strerror}."
+        raise EnvironmentProblemError(problem, fix="free space or change permissions") from error
+
+
+def _load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deepseek_ray_feature_definitions", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _entity_key(key: str) -> Any:
+    return EntityKey(join_keys=["state_key"], entity_values=[Value(string_val=key)])
+
+
+def _time(order_us: int) -> datetime:
+    return datetime.fromtimestamp(order_us / SECOND_US, UTC)
+
+
+def _arrow(table: FeatureTable) -> pa.Table:
+    rows = len(table.order_us)
+    return pa.table(
+        {
+            "card_id": pa.array(table.card_id, pa.string()),
+            "event_timestamp": pa.array(table.order_us, pa.int64()).cast(pa.timestamp("us", tz="UTC")),
+            "order_us": pa.array(table.order_us, pa.int64()),
+            "transaction_id": pa.array(table.transaction_id, pa.string()),
+            "feature_values": _lists(table.values.reshape(rows, -1)),
+            "sequence": _lists(table.sequence.reshape(rows, -1)) if rows else pa.array([], pa.list_(pa.float64())),
+        }
+    )
+
+
+def _lists(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> pa.Array:
+    rows, width = matrix.shape
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int64) * width)
+    return pa.LargeListArray.from_arrays(offsets, pa.array(matrix.ravel())).cast(pa.list_(pa.float64()))
+
+
+def _flat(column: pl.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return column.explode(empty_as_null=False).to_numpy()

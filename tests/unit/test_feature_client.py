@@ -1,0 +1,148 @@
+"""Feast as registry, offline store and online store of one run."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from feast import FeatureStore
+
+from deepseek_ray.data import batch_engine, windows
+from deepseek_ray.data.feature_client import PASSWORD_ENV, FeatureClient
+from deepseek_ray.data.stream_engine import StreamEngine
+from deepseek_ray.errors import ConfigError, FeatureError
+from deepseek_ray.paths import RunPaths
+from tests.unit.feature_worlds import world
+from tests.unit.test_stream_engine import assert_equal, play
+
+DECLARATION = windows.load()
+SPEC = DECLARATION.vector("handbook")
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> FeatureClient:
+    client = FeatureClient(RunPaths(tmp_path / "run"))
+    client.apply()
+    return client
+
+
+def test_every_vector_is_a_service_with_its_digest(client: FeatureClient) -> None:
+    expected = {spec.service: {"vector": spec.name, "digest": spec.digest} for spec in DECLARATION.vectors.values()}
+    assert client.services() == expected
+    client.apply()
+    assert client.services() == expected
+    assert client.declaration().vector("default") == DECLARATION.vector("default")
+
+
+def test_the_fast_join_equals_feasts_own(client: FeatureClient) -> None:
+    history = world(120, seed=1)
+    table = batch_engine.compute(history, SPEC, label_delay_days=7, sequence_len=3)
+    halves = (slice(0, 70), slice(70, None))
+    for rows in halves:
+        client.write_offline(_rows(table, rows))
+    asked = history.select("card_id", order_us=pl.col("order_us") + pl.Series(np.arange(120) % 3 * 1_000_000)).sample(
+        60, seed=2
+    )
+    ours = client.historical(asked, SPEC.service)
+    frame = asked.select("card_id", event_timestamp=pl.col("order_us").cast(pl.Datetime("us", "UTC"))).to_pandas()
+    frame["row"] = range(len(frame))
+    features = ["handbook_vector:feature_values", "handbook_vector:sequence", "handbook_vector:order_us"]
+    store = FeatureStore(repo_path=str(client.paths.feature_store))
+    theirs = store.get_historical_features(frame, features).to_df().sort_values("row")
+    np.testing.assert_array_equal(np.stack(list(theirs["feature_values"])), ours.values)
+    np.testing.assert_array_equal(np.stack(list(theirs["sequence"])).reshape(ours.sequence.shape), ours.sequence)
+    np.testing.assert_array_equal(theirs["order_us"], ours.order_us)
+
+
+def test_asking_at_the_events_own_order_gives_its_vector(client: FeatureClient) -> None:
+    history = world(80, seed=3)
+    table = batch_engine.compute(history, SPEC, label_delay_days=7, sequence_len=2)
+    client.write_offline(table)
+    back = client.historical(history, SPEC.service)
+    np.testing.assert_array_equal(back.transaction_id, table.transaction_id)
+    np.testing.assert_array_equal(back.values, table.values)
+    assert (back.names, back.service, back.digest) == (table.names, table.service, table.digest)
+
+
+def test_rows_without_history_and_foreign_vectors_are_refused(client: FeatureClient) -> None:
+    history = world(20, seed=4)
+    with pytest.raises(FeatureError, match="No vectors"):
+        client.historical(history, SPEC.service)
+    table = batch_engine.compute(history, SPEC, label_delay_days=7, sequence_len=0)
+    client.write_offline(table)
+    with pytest.raises(FeatureError, match="first is card 'nobody'"):
+        client.historical(history.with_columns(card_id=pl.lit("nobody")), SPEC.service)
+    with pytest.raises(FeatureError, match="not registered"):
+        client.write_offline(_rows(table, slice(None), digest="0" * 64))
+
+
+def test_states_survive_in_the_online_store_with_exact_vectors(client: FeatureClient) -> None:
+    history = world(150, seed=5, cards=5)
+    spec = DECLARATION.vector("default")
+    table = batch_engine.compute(history, spec, label_delay_days=7, sequence_len=6)
+    engine = StreamEngine(DECLARATION, spec, client, label_delay_days=7, sequence_len=6)
+    first = play(engine, history.head(100))
+    client.close()
+    again = copy.copy(client)  # by __reduce__, as Ray moves it between processes
+    engine = StreamEngine(DECLARATION, spec, again, label_delay_days=7, sequence_len=6)
+    second = play(engine, history.tail(50), also_labels_of=history.head(100))
+    assert_equal(first + second, table)
+    again.close()
+
+
+def test_states_are_read_in_the_order_of_the_keys(client: FeatureClient) -> None:
+    client.write_states([("s/card/b", b"two", 2), ("s/card/a", b"one", 1), ("s/card/b", b"new", 3)])
+    assert client.read_states(["s/card/a", "s/card/none", "s/card/b", "s/card/a"]) == [b"one", None, b"new", b"one"]
+    assert client.read_states([]) == []
+    client.write_states([])
+
+
+def test_several_writers_append_offline_without_loss(client: FeatureClient) -> None:
+    history = world(60, seed=6)
+    table = batch_engine.compute(history, SPEC, label_delay_days=7, sequence_len=1)
+    parts = [_rows(table, slice(first, first + 20)) for first in (0, 20, 40)]
+    with ThreadPoolExecutor(3) as pool:  # each writer has its own client and its own lock file handle
+        written = set(pool.map(lambda part: copy.copy(client).write_offline(part), parts))
+    assert len(written) == 3
+    np.testing.assert_array_equal(client.historical(history, SPEC.service).values, table.values)
+
+
+def test_a_run_that_was_not_applied_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FeatureError, match="apply"):
+        FeatureClient(RunPaths(tmp_path)).services()
+
+
+def test_redis_comes_by_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepseek_ray.data.feature_client import _redis
+
+    assert _redis("redis://cache:7000")["connection_string"] == "cache:7000"
+    monkeypatch.setenv(PASSWORD_ENV, "secret")
+    assert _redis("rediss://cache/2")["connection_string"] == f"cache:6379,db=2,ssl=true,password=${{{PASSWORD_ENV}}}"
+    with pytest.raises(ConfigError, match="password"):
+        _redis("redis://:secret@cache")
+    with pytest.raises(ConfigError, match="memcached"):
+        _redis("memcached://cache")
+
+
+def test_the_shipped_store_settings_name_no_path_outside_the_run() -> None:
+    settings = yaml.safe_load((windows.DECLARATION.parent / "feature_store.yaml").read_text())
+    assert settings["registry"]["path"] == "registry.db"
+    assert settings["online_store"] == {"type": "sqlite", "path": "online.db"}
+
+
+def _rows(table: batch_engine.FeatureTable, rows: slice, digest: str = "") -> batch_engine.FeatureTable:
+    return batch_engine.FeatureTable(
+        table.order_us[rows],
+        table.transaction_id[rows],
+        table.card_id[rows],
+        table.values[rows],
+        table.sequence[rows],
+        table.names,
+        table.service,
+        digest or table.digest,
+    )
