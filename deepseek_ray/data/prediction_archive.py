@@ -47,11 +47,11 @@ _COLUMNS: dict[Kind, tuple[str, ...]] = {
         "feature_service", "feature_digest", "latency_ms", "logged_us", "feature_values", "sequence",
         "sequence_len",
     ),
-    "feedback": ("seq", "prediction_id", "is_fraud", "observed_us", "known_us", "logged_us"),
+    "feedback": ("seq", "prediction_id", "is_fraud", "observed_us", "known_us", "after_seq", "logged_us"),
 }  # fmt: skip
 _INTEGERS = (
     "seq", "event_us", "order_us", "amount_cents", "logged_us", "sequence_len", "observed_us", "known_us",
-    "is_fraud",
+    "is_fraud", "after_seq",
 )  # fmt: skip
 _OTHERS = {name: pl.Float64() for name in ("probability", "threshold", "latency_ms")} | {
     name: pl.Binary() for name in ("feature_values", "sequence")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +46,8 @@ CREATE TABLE IF NOT EXISTS feedback (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     prediction_id TEXT NOT NULL UNIQUE REFERENCES predictions (prediction_id),
     is_fraud INTEGER NOT NULL,
-    observed_us INTEGER NOT NULL, known_us INTEGER NOT NULL, logged_us INTEGER NOT NULL) STRICT;
+    observed_us INTEGER NOT NULL, known_us INTEGER NOT NULL,
+    after_seq INTEGER NOT NULL, logged_us INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS thresholds (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     model_version TEXT NOT NULL, threshold REAL NOT NULL, logged_us INTEGER NOT NULL) STRICT;
@@ -92,12 +94,14 @@ class LoggedFeedback:
     Attributes:
         observed_us: when the label became known, as its sender says.
         known_us: when it became usable: not before any event that had been served by then.
+        after_seq: row number of the last prediction made before it arrived.
     """
 
     prediction_id: str
     is_fraud: bool
     observed_us: int
     known_us: int
+    after_seq: int
     logged_us: int
     seq: int = 0
 
@@ -183,8 +187,8 @@ class PredictionLog:
         seq = 0
         for row in rows:
             cursor = self._db.execute(
-                f"INSERT INTO feedback ({_FEEDBACK_NAMES}) VALUES (?, ?, ?, ?, ?)",
-                (row.prediction_id, int(row.is_fraud), row.observed_us, row.known_us, row.logged_us),
+                f"INSERT INTO feedback ({_FEEDBACK_NAMES}) VALUES (?, ?, ?, ?, ?, ?)",
+                (row.prediction_id, int(row.is_fraud), row.observed_us, row.known_us, row.after_seq, row.logged_us),
             )
             assert cursor.lastrowid is not None
             seq = cursor.lastrowid
@@ -203,10 +207,10 @@ class PredictionLog:
         """Highest ``seq`` of predictions and of feedback that the feature store is known to hold."""
         return self._meta("applied_predictions"), self._meta("applied_feedback")
 
-    def horizon_us(self) -> int:
-        """Latest ``order_us`` ever served, 0 in an empty log."""
-        row = self._db.execute("SELECT MAX(order_us) FROM predictions").fetchone()
-        return int(row[0] or 0)
+    def horizon(self) -> tuple[int, int]:
+        """Latest ``order_us`` ever served and the last row number, zeros in an empty log."""
+        row = self._db.execute("SELECT MAX(order_us), MAX(seq) FROM predictions").fetchone()
+        return int(row[0] or 0), int(row[1] or 0)
 
     def by_transaction(self, transaction_ids: Sequence[str]) -> dict[str, LoggedPrediction]:
         """Decisions already made for these transactions, without their vectors."""
@@ -271,9 +275,10 @@ class PredictionLog:
             raise _unusable(self.path, error) from error
 
     def threshold(self, model_version: str) -> float | None:
-        """The threshold last set for a version, or None."""
+        """The threshold last set for a version, or None. Safe to call from any thread."""
         query = "SELECT threshold FROM thresholds WHERE model_version = ? ORDER BY seq DESC LIMIT 1"
-        row = self._db.execute(query, (model_version,)).fetchone()
+        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)) as reader:
+            row = reader.execute(query, (model_version,)).fetchone()
         return None if row is None else float(row[0])
 
 
@@ -289,7 +294,7 @@ def _blob(array: npt.NDArray[np.float64]) -> bytes:
     return np.ascontiguousarray(array, dtype="<f8").tobytes()
 
 
-_FEEDBACK_NAMES = "prediction_id, is_fraud, observed_us, known_us, logged_us"
+_FEEDBACK_NAMES = "prediction_id, is_fraud, observed_us, known_us, after_seq, logged_us"
 _NAMES = (
     "prediction_id, transaction_id, event_time, event_us, order_us, card_id, terminal_id, amount_cents, device_id, "
     "channel, country, merchant_category, probability, threshold, decision, cold, reasons, model_name, model_version, "

@@ -25,6 +25,7 @@ from deepseek_ray.serving.predictor import (
     Result,
     ScoreCommand,
     ScoreResult,
+    ThresholdCommand,
 )
 
 logger = get_logger(__name__)
@@ -56,7 +57,6 @@ class Service:
         live: the version that serves now.
         refused: why the registry's champion is not the version that serves, or "".
         healthy: False when the service should get no traffic.
-        set_threshold: change and record the live threshold; (threshold, model version or "").
         shutdown: called once when the server stops.
     """
 
@@ -67,7 +67,6 @@ class Service:
     live: Callable[[], LiveModel]
     refused: Callable[[], str]
     healthy: Callable[[], bool]
-    set_threshold: Callable[[float, str], LiveModel]
     shutdown: Callable[[], None]
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
 
@@ -150,7 +149,8 @@ class RiskApp:
 
     async def _threshold(self, scope: Scope, receive: Receive) -> Response:
         change = wire.parse_threshold(await _read(scope, receive, self._service.max_body_bytes))
-        live = self._service.set_threshold(change.threshold, change.model_version)
+        live = await self._service.batcher.submit(ThresholdCommand(change.threshold, change.model_version))
+        assert isinstance(live, LiveModel)
         return _json(_describe(live, self._service.refused()))
 
     async def _model(self, scope: Scope, receive: Receive) -> Response:

@@ -4,16 +4,17 @@ What a crash may not break: an answered event is in the log and in the feature s
 one is in both or in neither. Hence the order within a batch: feature state changes in memory, the
 log commits (durable), the answers leave, and only then does the state reach its store. A crash
 before the commit loses nothing that anyone was told; a crash after it leaves log rows that the
-store lacks, and ``recovery.recover`` replays exactly those at the next start.
+store lacks, and ``LiveFeatures.recover`` replays exactly those at the next start.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ logger = get_logger(__name__)
 
 FloatArray = npt.NDArray[np.float64]
 MAX_REASONS = 5
+
+C = TypeVar("C")
 
 
 class Served(Protocol):
@@ -121,8 +124,16 @@ class FeedbackResult:
     repeated: int
 
 
-Command = ScoreCommand | FeedbackCommand
-Result = ScoreResult | FeedbackResult
+@dataclass(frozen=True)
+class ThresholdCommand:
+    """A new threshold for the version that serves; ``model_version`` guards against a swap, "" does not."""
+
+    threshold: float
+    model_version: str = ""
+
+
+Command = ScoreCommand | FeedbackCommand | ThresholdCommand
+Result = ScoreResult | FeedbackResult | LiveModel
 
 
 @dataclass
@@ -143,7 +154,6 @@ class Predictor:
         state: incremental features.
         log: prediction log, this process being its only writer.
         live: the version to start with.
-        applied: highest prediction and feedback rows that the store is known to hold.
         now_us: clock, microseconds since the epoch.
     """
 
@@ -160,9 +170,11 @@ class Predictor:
         self._log = log
         self._monitor = monitor
         self._now_us = now_us
-        self._horizon_us = log.horizon_us()
-        self._written = self._applied = log.applied
+        self._horizon_us, last = log.horizon()
+        self._applied = log.applied
+        self._written = (last, self._applied[1])
         self._unflushed = self._closed = False
+        self._swapping = threading.Lock()
         self.live = live
         self.swap(live)
 
@@ -173,20 +185,19 @@ class Predictor:
 
     def swap(self, live: LiveModel) -> None:
         """Serve another version from the next batch on: one reference changes, nothing waits."""
-        self.live = live
+        with self._swapping:
+            self.live = live
         self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
 
-    def set_threshold(self, threshold: float) -> None:
-        """Change the live version's decision threshold."""
-        self.swap(replace(self.live, threshold=threshold))
-
     def run(self, commands: Sequence[Command]) -> list[Result | Exception]:
-        """Execute a batch: labels first, then scores; each command succeeds or fails as a whole."""
+        """Execute a batch: labels and thresholds first, then scores; each command succeeds or fails as a whole."""
         results: list[Result | Exception] = [DeepseekRayError("not run")] * len(commands)
-        labels = [(i, c) for i, c in enumerate(commands) if isinstance(c, FeedbackCommand)]
         scores = [(i, c) for i, c in enumerate(commands) if isinstance(c, ScoreCommand)]
-        for index, label in labels:
-            results[index] = _attempt(self._label, label)
+        for index, command in enumerate(commands):
+            if isinstance(command, FeedbackCommand):
+                results[index] = _attempt(self._label, command)
+            elif isinstance(command, ThresholdCommand):
+                results[index] = _attempt(self._set_threshold, command)
         if scores:
             for (index, _), outcome in zip(scores, self._score([c for _, c in scores]), strict=True):
                 results[index] = outcome
@@ -316,11 +327,28 @@ class Predictor:
             self._monitor.feedback.labels(str(label.is_fraud).lower(), "accepted").inc()
         return FeedbackResult(len(rows), len(command.feedback) - len(rows))
 
+    def _set_threshold(self, command: ThresholdCommand) -> LiveModel:
+        with self._swapping:
+            version = self.live.version
+            if command.model_version not in ("", version):
+                raise RequestError(
+                    f"Version {version} serves, not {command.model_version!r}.",
+                    status=409,
+                    kind="other-version",
+                    field="model_version",
+                    fix="read GET /v1/risk/model and decide again",
+                )
+            self._log.set_threshold(version, command.threshold, self._now_us())
+            self.live = live = replace(self.live, threshold=command.threshold)
+        self._monitor.threshold.set(live.threshold)
+        return live
+
     def _feedback_row(self, item: Feedback) -> LoggedFeedback:
         observed_us = to_us(item.observed_at)
         # No event served so far has counted this label, whatever its sender says about when it became known.
         known_us = max(observed_us, self._horizon_us + 1)
-        return LoggedFeedback(item.prediction_id, item.is_fraud, observed_us, known_us, self._now_us())
+        after_seq, now_us = self._written[0], self._now_us()
+        return LoggedFeedback(item.prediction_id, item.is_fraud, observed_us, known_us, after_seq, now_us)
 
 
 def explain(
@@ -367,7 +395,7 @@ def to_prediction(row: LoggedPrediction) -> Prediction:
     )
 
 
-def _attempt(work: Callable[[FeedbackCommand], FeedbackResult], command: FeedbackCommand) -> Result | Exception:
+def _attempt(work: Callable[[C], Result], command: C) -> Result | Exception:
     try:
         return work(command)
     except Exception as error:

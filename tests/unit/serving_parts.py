@@ -127,15 +127,10 @@ class Rig:
             live=lambda: self.predictor.live,
             refused=lambda: "",
             healthy=lambda: self.predictor.healthy,
-            set_threshold=self._set_threshold,
             shutdown=self.close,
             now_us=lambda: to_us(NOW),
         )
         self.app = RiskApp(service, ApiKey(KEY))
-
-    def _set_threshold(self, threshold: float, version: str) -> LiveModel:
-        self.predictor.set_threshold(threshold)
-        return self.predictor.live
 
     def client(self, key: str | None = KEY) -> httpx.AsyncClient:
         headers = {} if key is None else {"X-API-Key": key}

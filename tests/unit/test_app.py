@@ -164,6 +164,8 @@ def test_the_threshold_can_be_moved(tmp_path: Path) -> None:
         moved = await client.post("/v1/risk/threshold", json={"threshold": 0.05})
         assert moved.json()["threshold"] == 0.05
         assert (await client.post("/v1/risk/score", json=body(event(1)))).json()["decision"] == "review"
+        other = await client.post("/v1/risk/threshold", json={"threshold": 0.1, "model_version": "9"})
+        assert (other.status_code, other.json()["field"]) == (409, "model_version")
         for wrong in ({"threshold": 1.5}, {"threshold": "0.5"}, {}, {"threshold": float("nan")}):
             data = json.dumps(wrong).encode()
             assert (await client.post("/v1/risk/threshold", content=data)).status_code == 422

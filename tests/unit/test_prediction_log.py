@@ -41,7 +41,7 @@ def row(number: int, **changes: object) -> LoggedPrediction:
 
 
 def label(number: int, is_fraud: bool = True) -> LoggedFeedback:
-    return LoggedFeedback(f"p{number}", is_fraud, 10, 20, 30)
+    return LoggedFeedback(f"p{number}", is_fraud, 10, 20, 1, 30)
 
 
 def test_a_row_comes_back_as_it_went_in(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_row_comes_back_as_it_went_in(tmp_path: Path) -> None:
     assert replace(found, values=empty, sequence=empty) == replace(expected, values=empty, sequence=empty)
     assert log.get("p9") is None
     assert set(log.by_transaction(["t1", "t2", "t9"])) == {"t1", "t2"}
-    assert log.horizon_us() == to_us(NOW) + 2
+    assert log.horizon() == (to_us(NOW) + 2, 2)
     log.close()
 
 

@@ -1,0 +1,136 @@
+"""Puts the risk service together from a run folder: champion, features, log, batcher, HTTP application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from deepseek_ray.config import Config, ServingConfig
+from deepseek_ray.data import windows
+from deepseek_ray.data.feature_client import FeatureClient
+from deepseek_ray.data.prediction_log import PredictionLog
+from deepseek_ray.data.state import StateStore
+from deepseek_ray.data.stream_engine import StreamEngine
+from deepseek_ray.logs import get_logger
+from deepseek_ray.paths import RunPaths
+from deepseek_ray.registry import Registry
+from deepseek_ray.serving.app import RiskApp, Service
+from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.batching import Batcher
+from deepseek_ray.serving.champion import ChampionWatcher, InputContract, contract_of, load_champion, to_live, warm_up
+from deepseek_ray.serving.live_features import LiveFeatures
+from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.predictor import Command, Predictor, Result
+from deepseek_ray.serving.wire import Limits
+
+logger = get_logger(__name__)
+
+
+class RiskService:
+    """One process's service: ``app`` is its HTTP face, ``watcher.start()`` lets it follow the registry.
+
+    Args:
+        paths: the run whose registry, feature store and log are used.
+        key: the API key.
+        registry: the registry, open.
+        store: where feature states live.
+        declaration: the feature declaration that the store's run was set up with.
+        config: limits.
+
+    Raises:
+        RegistryError: there is no champion, or the registry does not answer.
+        ModelFormatError: the champion's files are altered.
+        FeatureError: the champion reads a vector that this code does not compute.
+        EnvironmentProblemError: the prediction log cannot be used.
+    """
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        registry: Registry,
+        store: StateStore,
+        declaration: windows.Declaration,
+        config: ServingConfig,
+        key: str,
+    ) -> None:
+        torch.set_num_threads(1)  # rows are few: more threads only wait for each other
+        info, model = load_champion(registry)
+        contract = contract_of(info, model, declaration)
+        self.monitor = Monitor()
+        self.log = PredictionLog(paths.prediction_log)
+        self.features = LiveFeatures(_engine_maker(declaration, contract), store)
+        self.recovered = self.features.recover(self.log)
+        warm_up(model)
+        live = to_live(info, model, self.log.threshold(info.version))
+        self.predictor = Predictor(self.features, self.log, live, self.monitor)
+        self.batcher: Batcher[Command, Result] = Batcher(
+            self.predictor.run,
+            max_batch_size=config.max_batch_size,
+            max_queued=config.max_queued_requests,
+            after=self.predictor.flush,
+        )
+        self.monitor.watch_queue(lambda: self.batcher.queued)
+        self.watcher = self._watcher(registry, contract, config.poll_registry_s)
+        self.app = RiskApp(self._service(config), ApiKey(key))
+        logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
+
+    def close(self) -> None:
+        """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
+        self.watcher.close()
+        self.batcher.close()
+        self.predictor.close()
+
+    def _watcher(self, registry: Registry, contract: InputContract, poll_s: float) -> ChampionWatcher:
+        return ChampionWatcher(
+            registry,
+            contract,
+            live=lambda: self.predictor.live,
+            swap=self.predictor.swap,
+            threshold=self.log.threshold,
+            monitor=self.monitor,
+            poll_s=poll_s,
+        )
+
+    def _service(self, config: ServingConfig) -> Service:
+        return Service(
+            batcher=self.batcher,
+            monitor=self.monitor,
+            limits=Limits(config.max_transactions, round(config.max_future_skew_s * 1e6)),
+            max_body_bytes=config.max_body_bytes,
+            live=lambda: self.predictor.live,
+            refused=lambda: self.watcher.refused,
+            healthy=lambda: self.predictor.healthy,
+            shutdown=self.close,
+        )
+
+
+def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
+    """The HTTP application of a run; takes plain values, so that a replica can be told to call it.
+
+    Args:
+        run: run folder.
+        settings: a ``Config`` as a mapping.
+        key: the API key.
+    """
+    config = Config.model_validate(settings)
+    paths = RunPaths(Path(run)).create()
+    registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
+    store = FeatureClient(paths, config.stores.online_store)
+    service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
+    service.watcher.start()
+    return service.app
+
+
+def _engine_maker(declaration: windows.Declaration, contract: InputContract) -> Callable[[StateStore], StreamEngine]:
+    def make(store: StateStore) -> StreamEngine:
+        return StreamEngine(
+            declaration,
+            contract.vector,
+            store,
+            label_delay_days=contract.label_delay_days,
+            sequence_len=contract.sequence_len,
+        )
+
+    return make

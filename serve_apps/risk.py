@@ -1,0 +1,88 @@
+"""Serve a run's champion over HTTP: ``python -m serve_apps.risk --run DIR --port P``.
+
+Starts a local Ray cluster and one replica that answers on 127.0.0.1, prints its address, and stops
+cleanly on SIGTERM or Ctrl-C: open requests finish, feature state is written, the log is closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepseek_ray.cli import guarded
+from deepseek_ray.config import Config
+from deepseek_ray.paths import resolve_run
+from deepseek_ray.presets import PRESETS, load_preset
+from deepseek_ray.serving.auth import generate_key, load_key
+from serve_apps import ingress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    config = _config(options)
+    key = _key(config.serving.api_key_env, generate=options.generate_key)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    run = str(resolve_run(options.run).create().root)
+    host, port = config.serving.host, config.serving.port or ingress.free_port(config.serving.host)
+    ingress.prepare(host, port)
+    _check_champion(run, config)
+    try:
+        ingress.start(build, run, config.model_dump(), key, host=host)
+        print(f"serving {config.model_name!r} of {run} at http://{host}:{port}, described at /docs", flush=True)
+        stop.wait()
+    finally:
+        ingress.stop()
+    return 0
+
+
+def build(run: str, settings: dict[str, object], key: str) -> object:
+    """The ASGI application; called inside the replica."""
+    from deepseek_ray.serving.service import open_app  # seconds of imports that the driver does without
+
+    return open_app(run, settings, key)
+
+
+def _check_champion(run: str, config: Config) -> None:
+    """Report a missing registry or champion here, where the message is short, and not from the replica."""
+    from deepseek_ray.paths import RunPaths
+    from deepseek_ray.registry import Registry
+    from deepseek_ray.serving.champion import champion_version
+
+    champion_version(Registry.open(RunPaths(Path(run)), config.stores, name=config.model_name, create=False))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deepseek-ray serve", description="Answer decisions over HTTP.")
+    parser.add_argument("--run", help="run folder (default: runs/latest)")
+    parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: serving.port)")
+    parser.add_argument("--preset", default="demo", choices=sorted(PRESETS))
+    parser.add_argument("--config", type=Path, metavar="YAML", help="file of settings")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="one setting, repeatable")
+    parser.add_argument("--generate-key", action="store_true", help="make an API key and print it")
+    return parser
+
+
+def _config(options: argparse.Namespace) -> Config:
+    overrides = list(options.set)
+    if options.port is not None:
+        overrides.append(f"serving.port={options.port}")
+    return load_preset(options.preset, file=options.config, overrides=overrides)
+
+
+def _key(variable: str, *, generate: bool) -> str:
+    if not generate:
+        return load_key(variable)
+    key = generate_key()
+    print(f"API key: {key}", flush=True)
+    return key
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,182 @@
+"""A crash at any point leaves, after recovery, the same feature state as no crash at all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek_ray.data import windows
+from deepseek_ray.data.events import Feedback, Transaction
+from deepseek_ray.data.prediction_log import PredictionLog
+from deepseek_ray.data.state import MemoryStore, StateStore
+from deepseek_ray.data.stream_engine import StreamEngine
+from deepseek_ray.serving.live_features import DeferredStore, LiveFeatures
+from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.predictor import (
+    FeedbackCommand,
+    FeedbackResult,
+    LiveModel,
+    Predictor,
+    ScoreCommand,
+    ScoreResult,
+)
+from tests.unit.serving_parts import NOW, event
+
+DECLARATION = windows.load()
+SPEC = DECLARATION.vector("handbook")
+
+
+def make_engine(store: StateStore) -> StreamEngine:
+    return StreamEngine(DECLARATION, SPEC, store, label_delay_days=0.01, sequence_len=4)
+
+
+class Mean:
+    """Scores a row by the share of its positive features."""
+
+    fail = False
+
+    def predict_proba(self, features: Any, sequence: Any) -> Any:
+        if self.fail:
+            raise RuntimeError("model failed")
+        return (features > 0).mean(axis=1)
+
+    def attribute(self, features: Any, sequence: Any) -> Any:
+        return np.zeros_like(features)
+
+
+class Service:
+    """Predictor over the real engine; ``store`` outlives it like a disk outlives a process."""
+
+    def __init__(self, path: Path, store: MemoryStore) -> None:
+        self.log = PredictionLog(path / "p.db")
+        self.features = LiveFeatures(make_engine, store)
+        self.recovered = self.features.recover(self.log)
+        live = LiveModel(Mean(), "risk", "1", "r", SPEC.service, SPEC.digest, SPEC.names, 0.9, 0)
+        self.predictor = Predictor(self.features, self.log, live, Monitor())
+
+    def score(self, events: Sequence[Transaction], *, flush: bool = True) -> ScoreResult:
+        result = self.predictor.run([ScoreCommand(events)])[0]
+        assert isinstance(result, ScoreResult), result
+        if flush:
+            self.predictor.flush()
+        return result
+
+    def label(self, prediction_id: str, *, flush: bool = True) -> None:
+        item = Feedback(prediction_id=prediction_id, is_fraud=True, observed_at=NOW + timedelta(days=1))
+        assert self.predictor.run([FeedbackCommand([item])]) == [FeedbackResult(1, 0)]
+        if flush:
+            self.predictor.flush()
+
+    def crash(self) -> None:
+        """The process dies: what was not in the store or the log is gone."""
+        self.log.close()
+
+
+def stream(count: int = 60) -> list[Transaction]:
+    rng = random.Random(7)
+    return [
+        event(
+            n,
+            card=f"c{rng.randrange(4)}",
+            at_s=60.0 * n,
+            amount=rng.randrange(1, 9_000),
+            terminal_id=f"m{rng.randrange(3)}",
+            device_id=rng.choice(["unknown", "d1", "d2"]),
+        )
+        for n in range(count)
+    ]
+
+
+def play(service: Service, events: Iterable[Transaction], *, flush: bool = True) -> list[str]:
+    ids = []
+    for item in events:
+        ids.append(service.score([item], flush=flush).predictions[0].prediction_id)
+        if len(ids) % 5 == 0:
+            service.label(ids[-3], flush=flush)
+    return ids
+
+
+@pytest.mark.parametrize("unflushed", [1, 5, 23])
+def test_a_crash_before_the_store_is_written_is_made_good_from_the_log(tmp_path: Path, unflushed: int) -> None:
+    events = stream()
+    whole, crashed = MemoryStore(), MemoryStore()
+    (tmp_path / "a").mkdir()
+    play(Service(tmp_path / "a", whole), events)
+    service = Service(tmp_path / "b", crashed)
+    ids = play(service, events[:-unflushed])
+    for item in events[-unflushed:]:
+        ids.append(service.score([item], flush=False).predictions[0].prediction_id)
+        if len(ids) % 5 == 0:
+            service.label(ids[-3], flush=False)
+    service.crash()
+    assert crashed.blobs != whole.blobs
+    again = Service(tmp_path / "b", crashed)
+    assert again.recovered[0] >= unflushed
+    assert crashed.blobs == whole.blobs
+
+
+def test_recovery_may_be_repeated_and_starts_from_nothing_too(tmp_path: Path) -> None:
+    events = stream()
+    store = MemoryStore()
+    play(Service(tmp_path, store), events)
+    expected = dict(store.blobs)
+    Service(tmp_path, store)
+    assert store.blobs == expected
+    lost = MemoryStore()
+    Service(tmp_path, lost)
+    assert lost.blobs == expected
+
+
+def test_served_vectors_after_a_crash_equal_those_without_one(tmp_path: Path) -> None:
+    events = stream()
+    store = MemoryStore()
+    service = Service(tmp_path, store)
+    play(service, events[:40], flush=False)
+    service.crash()
+    after = Service(tmp_path, store)
+    last = after.log.get(after.score([events[40]]).predictions[0].prediction_id)
+    other = Service(tmp_path / "other", MemoryStore())
+    play(other, events[:40])
+    expected = other.log.get(other.score([events[40]]).predictions[0].prediction_id)
+    assert last is not None
+    assert expected is not None
+    np.testing.assert_array_equal(last.values, expected.values)
+    np.testing.assert_array_equal(last.sequence, expected.sequence)
+
+
+def test_a_failed_batch_is_undone_but_earlier_unwritten_events_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = stream(3)
+    store, plain = MemoryStore(), MemoryStore()
+    service = Service(tmp_path, store)
+    service.score([first], flush=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mean, "fail", True)
+        assert isinstance(service.predictor.run([ScoreCommand([second])])[0], RuntimeError)
+    service.score([second])
+    service.score([third])
+    engine = make_engine(plain)
+    for item in (first, second, third):
+        engine.observe(item)
+    assert store.blobs == plain.blobs
+
+
+def test_the_deferred_store_reads_its_own_writes() -> None:
+    store = MemoryStore()
+    deferred = DeferredStore(store)
+    deferred.write_states([("a", b"1", 1)])
+    deferred.keep()
+    deferred.write_states([("a", b"2", 2), ("b", b"3", 1)])
+    assert deferred.read_states(["a", "b", "c"]) == [b"2", b"3", None]
+    deferred.discard()
+    assert deferred.read_states(["a", "b"]) == [b"1", None]
+    assert store.blobs == {}
+    deferred.flush()
+    assert store.blobs == {"a": b"1"}
