@@ -13,7 +13,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -190,7 +190,8 @@ class Tracking:
         try:
             yield run
         except BaseException:
-            run.finish("FAILED")
+            with suppress(RegistryError):  # a store that is down must not hide what went wrong
+                run.finish("FAILED")
             raise
         run.finish()
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
@@ -55,6 +55,7 @@ def test_a_constant_that_moves_is_seen_by_the_test_at_least() -> None:
     assert result.ks == 1.0
 
 
+@settings(deadline=None)
 @given(reference=VALUES, live=VALUES)
 def test_the_index_is_never_negative_and_zero_against_itself(reference: list[float], live: list[float]) -> None:
     fitted = Reference.fit("x", reference)

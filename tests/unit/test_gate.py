@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_ray.config import GateConfig
@@ -144,6 +144,7 @@ def test_evidence_read_back_from_json_decides_the_same() -> None:
     assert failed(decide(CHAMPION, again, BOUNDS)) == ["p99_scoring_ms"]
 
 
+@settings(deadline=None)
 @given(champion=SHARES, challenger=SHARES, gain=SHARES, drop=SHARES)
 def test_more_precision_never_turns_yes_into_no(champion: float, challenger: float, gain: float, drop: float) -> None:
     bounds = GateConfig(max_average_precision_drop=drop)
@@ -153,6 +154,7 @@ def test_more_precision_never_turns_yes_into_no(champion: float, challenger: flo
     assert decide(one, low, bounds).promote <= decide(one, high, bounds).promote
 
 
+@settings(deadline=None)
 @given(error=st.floats(0, 1), p99=st.floats(0, 100), old=SHARES, easier=SHARES)
 def test_less_error_time_and_forgetting_never_turn_yes_into_no(
     error: float, p99: float, old: float, easier: float
@@ -167,6 +169,7 @@ def test_less_error_time_and_forgetting_never_turn_yes_into_no(
     assert decide(CHAMPION, worse, BOUNDS).promote <= decide(CHAMPION, better, BOUNDS).promote
 
 
+@settings(deadline=None)
 @given(numbers=st.tuples(*[st.floats(allow_nan=True, allow_infinity=True)] * 5))
 def test_no_number_makes_the_gate_raise_or_promote_nonsense(numbers: tuple[float, ...]) -> None:
     ap, cp, ece, p99, old = numbers

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 import deepseek_ray.models as models
@@ -28,7 +29,16 @@ from deepseek_ray.errors import (
     RegistryUnavailableError,
 )
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.registry import InputSchema, Lineage, Probes, Registry, Tracking, VersionInfo, git_commit
+from deepseek_ray.registry import (
+    InputSchema,
+    Lineage,
+    Probes,
+    Registry,
+    Tracking,
+    VersionInfo,
+    git_commit,
+    load_package,
+)
 from deepseek_ray.registry.audit import Audit, AuditEntry
 from deepseek_ray.registry.package import Floats
 from deepseek_ray.registry.tracking import _sqlite_problem
@@ -132,6 +142,33 @@ def test_run_that_raises_is_marked_failed(registry: Registry) -> None:
         raise KeyError("x")
     with registry.tracking.guard() as client:
         assert client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_store_that_fails_does_not_hide_the_first_error(registry: Registry) -> None:
+    def train() -> None:
+        with registry.tracking.start_run("train"):
+            os.remove(registry.tracking.paths.root / "mlflow.db")
+            raise KeyError("the real fault")
+
+    with pytest.raises(KeyError, match="the real fault"):
+        train()
+
+
+def test_figures_are_kept(registry: Registry) -> None:
+    figure = Figure()
+    figure.add_subplot().plot([0, 1], [1, 0])
+    with registry.tracking.start_run("train") as run:
+        run.log_figure(figure, "curves/pr.png")
+    assert Path(run.artifact_uri.removeprefix("file://"), "curves", "pr.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_version_in_a_remote_store_is_fetched_once(registry: Registry, tmp_path: Path) -> None:
+    info = add_version(registry, tmp_path / "a", 1.0, 2.0)
+    target = tmp_path / "cache" / "risk" / "1"
+    for _ in range(2):
+        registry._download(info.path.parents[1].as_uri(), target)
+    assert load_package(target / "data" / "version").schema == SCHEMA
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_register_points_challenger_and_keeps_lineage(registry: Registry, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_ray.errors import DataError
@@ -24,12 +24,14 @@ def test_ties_at_the_top_are_not_split() -> None:
     assert np.count_nonzero(np.array([0.9] * 5 + [0.1] * 95) >= budget_threshold([0.9] * 5 + [0.1] * 95, 0.02)) == 0
 
 
+@settings(deadline=None)
 @given(scores=SCORES, rate=st.floats(0.001, 0.999))
 def test_the_budget_is_never_exceeded(scores: list[float], rate: float) -> None:
     threshold = budget_threshold(scores, rate)
     assert sum(score >= threshold for score in scores) <= rate * len(scores)
 
 
+@settings(deadline=None)
 @given(scores=SCORES, rate=st.floats(0.001, 0.5))
 def test_a_larger_budget_never_raises_the_threshold(scores: list[float], rate: float) -> None:
     assert budget_threshold(scores, 2 * rate - 1e-9) <= budget_threshold(scores, rate)
