@@ -56,6 +56,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def results(self) -> Path:
+        """Results of the stages, one JSON file each, read by the report."""
+        return self.root / "results"
+
+    @property
     def report_html(self) -> Path:
         """Self-contained report."""
         return self.root / "report.html"
