@@ -26,15 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     config = _config(options)
     key = _key(config.serving.api_key_env, generate=options.generate_key)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     run = str(resolve_run(options.run).create().root)
     host, port = config.serving.host, config.serving.port or ingress.free_port(config.serving.host)
     ingress.prepare(host, port)
     _check_champion(run, config)
     try:
         ingress.start(build, run, config.model_dump(), key, host=host)
+        stop = _stop_signal()
         print(f"serving {config.model_name!r} of {run} at http://{host}:{port}, described at /docs", flush=True)
         stop.wait()
     finally:
@@ -56,6 +54,14 @@ def _check_champion(run: str, config: Config) -> None:
     from deepseek_ray.serving.champion import champion_version
 
     champion_version(Registry.open(RunPaths(Path(run)), config.stores, name=config.model_name, create=False))
+
+
+def _stop_signal() -> threading.Event:
+    """Set on SIGTERM and SIGINT. Made after Ray has started, because Ray puts its own handlers in place."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 def _parser() -> argparse.ArgumentParser:
