@@ -25,6 +25,8 @@ from deepseek_ray.models import RiskModel
 from deepseek_ray.parallel.data import Batch, DataAxis, batches, epoch_order, gather_rows, num_batches
 from deepseek_ray.train.optimiser import learning_rate, make_optimiser, set_learning_rate
 
+_MIN_PACE = 0.3  # of the balancing bias, at the end of training: slow enough to settle, fast enough to follow
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -79,7 +81,7 @@ class Training:
     """
 
     def __init__(self, model: RiskModel, dataset: RiskDataset, recipe: Recipe, axis: DataAxis | None = None) -> None:
-        _require_both_classes(dataset)
+        require_both_classes(dataset)
         self.model = model
         self.dataset = dataset
         self.recipe = recipe
@@ -107,7 +109,7 @@ class Training:
             batch_loss, batch_norm = self.step(batch)
             loss += batch_loss
             norm = max(norm, batch_norm)
-            load.add(self.balance(lr / recipe.lr))
+            load.add(self.balance(max(_MIN_PACE, lr / recipe.lr)))
         mean_loss = float(self.axis.sum(loss)) / len(order)
         wall_s = time.perf_counter() - start
         return EpochRecord(epoch, mean_loss, norm, lr, *load.extremes(), len(order), wall_s)
@@ -201,7 +203,12 @@ def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _require_both_classes(dataset: RiskDataset) -> None:
+def require_both_classes(dataset: RiskDataset) -> None:
+    """Check that every row is labelled and both classes occur.
+
+    Raises:
+        DataError: otherwise, with the counts.
+    """
     frauds, genuine = int((dataset.label == 1).sum()), int((dataset.label == 0).sum())
     if not frauds or not genuine or frauds + genuine < len(dataset):
         raise DataError(
