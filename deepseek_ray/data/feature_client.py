@@ -29,16 +29,24 @@ import yaml
 
 from deepseek_ray.data import windows
 from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS, FeatureTable
+from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.data.windows import SECOND_US, Declaration
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths
 
 silence_telemetry()
+# Feast's import switches prometheus_client to files shared by forked servers, for the whole process: ours is loaded
+# first, and the switch is taken back.
+_FEAST_SWITCHES = {"PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"} - os.environ.keys()
 
+import prometheus_client  # noqa: E402, F401 - decides once, when it is imported
 from feast import FeatureStore  # noqa: E402 - after telemetry is off
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey  # noqa: E402
 from feast.protos.feast.types.Value_pb2 import Value  # noqa: E402
+
+for _name in _FEAST_SWITCHES:
+    os.environ.pop(_name, None)
 
 REPOSITORY = windows.DECLARATION.parent
 PASSWORD_ENV = "DEEPSEEK_RAY_REDIS_PASSWORD"
@@ -136,6 +144,24 @@ class FeatureClient:
             raise FeatureError(problem, fix="compute and write_offline() the features of these transactions")
         return self._table(stored[joined["place"]], service)
 
+    def warm(self, engine: StreamEngine, transactions: pl.DataFrame) -> int:
+        """Fill the online store by ``engine.warm`` and keep the rows, so that served vectors can be verified.
+
+        Returns the number of states written.
+        """
+        folder = self._warmed(engine.spec.service).parent
+        with _writing(folder):
+            written = engine.warm(transactions)
+            temporary = folder / f".{engine.spec.service}.writing"
+            transactions.write_parquet(temporary)
+            os.replace(temporary, self._warmed(engine.spec.service))
+        return written
+
+    def warmed(self, service: str) -> pl.DataFrame | None:
+        """The transactions the service's states were warmed with, None when it started cold."""
+        path = self._warmed(service)
+        return pl.read_parquet(path) if path.exists() else None
+
     def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
         """State blobs from the online store in the order of the keys, None where there is none; one round trip."""
         store, view = self._store(), self._state_view()
@@ -175,6 +201,9 @@ class FeatureClient:
 
     def _offline(self, service: str) -> Path:
         return self.paths.feature_store / "offline" / service
+
+    def _warmed(self, service: str) -> Path:
+        return self.paths.feature_store / "warmed" / f"{service}.parquet"
 
     def _stored(self, service: str) -> pl.DataFrame:
         parts = sorted(self._offline(service).glob("part-*.parquet"))

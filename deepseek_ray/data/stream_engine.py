@@ -153,10 +153,11 @@ class StreamEngine:
         return self._vector(tx, self._advance(tx, keys, states, order=None), cold)
 
     def last_event_us(self, card_ids: Sequence[str]) -> dict[str, int]:
-        """Event time of each remembered card's newest event, in microseconds; others are missing from the answer."""
+        """Time of the last event of each card that has one, in microseconds; corrupted states are left out."""
         keys = {card_id: self._key("card", card_id) for card_id in card_ids}
-        states = self._load(keys.values())
-        return {card_id: states[key].last_event_us for card_id, key in keys.items() if states[key].last_order}
+        states = self._load(keys.values(), {})
+        last = {card_id: states[key].last_event_us for card_id, key in keys.items() if key in states}
+        return {card_id: event_us for card_id, event_us in last.items() if event_us}
 
     def restore(self, tx: Transaction, order_us: int) -> None:
         """Remember an event served before a crash at its logged order; a state that has it stays as it is."""

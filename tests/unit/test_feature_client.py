@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,3 +148,12 @@ def _rows(table: batch_engine.FeatureTable, rows: slice, digest: str = "") -> ba
         table.service,
         digest or table.digest,
     )
+
+
+def test_feast_does_not_switch_the_metrics_of_the_process_to_shared_files() -> None:
+    code = (
+        "import os, deepseek_ray.data.feature_client, prometheus_client.values as values;"
+        "print(values.ValueClass.__name__, [name for name in os.environ if 'MULTIPROC' in name])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "MutexValue []\n"
