@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import prometheus_client  # noqa: F401 - before any test module imports feast, which would switch it to shared files
 import pytest
 
 from deepseek_ray.logs import QUIET_ENVIRONMENT
@@ -31,7 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def isolated_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run folders go to tmp_path; nothing of the caller's set-up leaks in."""
     monkeypatch.setenv("DEEPSEEK_RAY_RUNS", str(tmp_path / "runs"))
-    for name in ("DEEPSEEK_RAY_RUN", "DEEPSEEK_RAY_API_KEY", "RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+    leaks = ("DEEPSEEK_RAY_RUN", "DEEPSEEK_RAY_API_KEY", "RAY_ADDRESS", "MLFLOW_TRACKING_URI")
+    for name in (*leaks, "PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"):
         monkeypatch.delenv(name, raising=False)
     if request.node.get_closest_marker("unit"):
         import ray
