@@ -1,0 +1,260 @@
+"""The service as its users meet it: a real Ray Serve replica behind a port, a real store, log and registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from deepseek_ray.config import ModelConfig
+from deepseek_ray.data.batch_engine import compute
+from deepseek_ray.data.prediction_archive import compact, read_predictions, stack_sequences, stack_values
+from deepseek_ray.data.windows import load
+from deepseek_ray.models import load as load_model
+from serve_apps.ingress import free_port
+from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run
+
+KEY = "integration-test-key-0123456789"
+SHAPE = ModelConfig(d_model=16, num_layers=1, num_heads=2, d_expert=16, num_bins=4)
+pytestmark = pytest.mark.timeout(400)
+
+
+class Server:
+    """``python -m serve_apps.risk`` in a process of its own."""
+
+    def __init__(self, run: ServedRun, port: int) -> None:
+        self.run, self.port = run, port
+        self.output: list[str] = []
+        command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run.paths.root), "--port", str(port)]
+        command += ["--set", "serving.poll_registry_s=0.3", "--set", "serving.max_transactions=50"]
+        environment = os.environ | {"DEEPSEEK_RAY_API_KEY": KEY}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        self._read_until("serving ")
+        self.drain = threading.Thread(target=self._drain)
+        self.drain.start()
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": KEY}, timeout=30)
+
+    def _read_until(self, start: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            if line.startswith(start):
+                return
+        raise AssertionError("".join(self.output))
+
+    def _drain(self) -> None:
+        assert self.process.stdout is not None
+        self.output += self.process.stdout
+
+    def replica(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child for child in children if any("ServeReplica" in part for part in child.cmdline()))
+
+    def wait_ready(self, timeout_s: float = 60) -> None:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            try:
+                if self.client.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise AssertionError("not ready in time")
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            self.drain.join(30)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
+    return make_run(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(run: ServedRun) -> Iterator[Server]:
+    made = Server(run, free_port())
+    yield made
+    if made.process.poll() is None:
+        assert made.stop() == 0
+
+
+NUMBERS = iter(range(10**9))
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    fields = {
+        "transaction_id": f"live-{next(NUMBERS)}",
+        "event_time": datetime.now(UTC).isoformat(),
+        "card_id": "new-card",
+        "terminal_id": "new-terminal",
+        "amount_cents": 1_234,
+    }
+    return {name: value for name, value in (fields | changes).items() if value is not ...}
+
+
+def score(server: Server, content: Any, **headers: str) -> httpx.Response:
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return server.client.post("/v1/risk/score", content=data, headers=headers)
+
+
+def test_a_known_card_is_scored_and_a_new_one_is_scored_cold(server: Server) -> None:
+    last = server.run.history.row(-1, named=True)
+    known = score(server, event(card_id=last["card_id"], terminal_id=last["terminal_id"]))
+    assert known.status_code == 200, known.text
+    assert known.json()["cold"] == []
+    cold = score(server, event(card_id="never-seen", terminal_id="nor-this"))
+    assert cold.json()["cold"] == ["card", "terminal"]
+    assert 0 <= cold.json()["probability"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "field"),
+    [
+        (b"{not json", 400, None),
+        (event(amount_cents="12"), 422, "amount_cents"),
+        (event(amount_cents=-1), 422, "amount_cents"),
+        (event(amount_cents=float("nan")), 422, "amount_cents"),
+        (event(amount_cents=float("inf")), 422, "amount_cents"),
+        (event(card_id=...), 422, "card_id"),
+        (event(colour="red"), 422, "colour"),
+        (event(event_time="yesterday"), 422, "event_time"),
+        (event(event_time=(datetime.now(UTC) + timedelta(hours=1)).isoformat()), 422, "event_time"),
+        ({"transactions": [event() for _ in range(51)]}, 413, "transactions"),
+        (b" " * (5 << 20), 413, None),
+    ],
+)
+def test_bad_input_is_refused_and_named(server: Server, content: Any, status: int, field: str | None) -> None:
+    answer = score(server, content)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json().get("field") == field
+    assert answer.json()["fix"]
+
+
+def test_an_event_older_than_the_cards_last_is_stale(server: Server) -> None:
+    assert score(server, event(card_id="punctual")).status_code == 200
+    late = event(card_id="punctual", event_time=(datetime.now(UTC) - timedelta(hours=1)).isoformat())
+    answer = score(server, {"transactions": [event(card_id="other"), late]})
+    assert (answer.status_code, answer.json()["field"]) == (409, "event_time")
+    assert "card" in score(server, event(card_id="other")).json()["cold"], "the refused request left a trace"
+
+
+def test_repeats_conflicts_keys_and_feedback(server: Server) -> None:
+    transaction = event(card_id="loyal")
+    first, again = score(server, transaction), score(server, transaction)
+    assert again.content == first.content
+    assert score(server, transaction | {"amount_cents": 9}).status_code == 409
+    for headers in ({"X-API-Key": ""}, {"X-API-Key": "wrong-key-wrong-key"}):
+        assert score(server, transaction, **headers).status_code == 401
+    label = {
+        "prediction_id": first.json()["prediction_id"],
+        "is_fraud": True,
+        "observed_at": datetime.now(UTC).isoformat(),
+    }
+    for _ in range(2):
+        assert server.client.post("/v1/risk/feedback", json=label).status_code == 200
+    assert server.client.post("/v1/risk/feedback", json=label | {"is_fraud": False}).status_code == 409
+    assert server.client.post("/v1/risk/feedback", json=label | {"prediction_id": "p0"}).status_code == 404
+
+
+def test_health_needs_no_key_and_metrics_do(server: Server) -> None:
+    base = f"http://127.0.0.1:{server.port}"
+    assert httpx.get(f"{base}/healthz").status_code == 200
+    assert httpx.get(f"{base}/readyz").status_code == 200
+    assert httpx.get(f"{base}/metrics").status_code == 401
+    assert "deepseek_ray_stage_seconds_bucket" in server.client.get("/metrics").text
+    assert server.client.get("/openapi.json").json()["openapi"] == "3.1.0"
+
+
+def test_a_promotion_is_swapped_in_under_traffic_without_a_failed_request(server: Server) -> None:
+    failures: list[str] = []
+    versions: list[str] = []
+    done = threading.Event()
+
+    def traffic() -> None:
+        with httpx.Client(base_url=server.client.base_url, headers={"X-API-Key": KEY}, timeout=30) as client:
+            while not done.is_set():
+                answer = client.post("/v1/risk/score", json=event(card_id="busy"))
+                versions.append(answer.json().get("model_version", ""))
+                if answer.status_code != 200:
+                    failures.append(answer.text)
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    spec = load().vector("default")
+    features = compute(server.run.history, spec, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
+    version = add_version(server.run, spec, features, SHAPE, seed=1)
+    end = time.monotonic() + 60
+    while server.client.get("/v1/risk/model").json()["model_version"] != version and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(0.3)
+    done.set()
+    thread.join()
+    assert failures == []
+    assert versions[-1] == version
+    assert versions == sorted(versions)
+
+
+def test_a_killed_replica_comes_back_with_all_it_had_answered(server: Server) -> None:
+    answered = [score(server, event(card_id="witness")).json() for _ in range(5)]
+    killed = server.replica()
+    killed.kill()
+    killed.wait(20)
+    server.wait_ready()
+    assert score(server, event(card_id="witness")).json()["cold"] == []
+    frame = read_predictions(server.run.paths)
+    assert {item["prediction_id"] for item in answered} <= set(frame["prediction_id"])
+
+
+def test_a_port_in_use_and_a_missing_key_are_said_plainly(run: ServedRun) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run.paths.root), "--port", str(port)]
+        keyless = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        keyed = os.environ | {"DEEPSEEK_RAY_API_KEY": KEY}
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=keyed)
+    assert (keyless.returncode, refused.returncode) == (2, 2)
+    assert "--generate-key" in keyless.stderr
+    assert f"127.0.0.1:{port} cannot be listened on" in refused.stderr
+    assert "--port" in refused.stderr
+
+
+def test_after_the_stop_every_answer_can_be_recomputed(server: Server) -> None:
+    """Runs last: stops the server, then scores the logged inputs again, and compacts the log."""
+    assert server.stop() == 0
+    run = server.run
+    frame = read_predictions(run.paths)
+    assert len(frame) > 20
+    assert frame["prediction_id"].n_unique() == frame["transaction_id"].n_unique() == len(frame)
+    values, sequences = stack_values(frame), stack_sequences(frame)
+    for version in frame["model_version"].unique():
+        rows = (frame["model_version"] == version).to_numpy()
+        model = load_model(run.registry.get(version).path)
+        again = model.predict_proba(values[rows], sequences[rows])
+        np.testing.assert_allclose(again, frame["probability"].to_numpy()[rows], rtol=0, atol=1e-9)
+    compact(run.paths, prune=True)
+    assert read_predictions(run.paths).equals(frame)
