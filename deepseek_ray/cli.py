@@ -34,6 +34,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "serve": ("serve_apps.risk", "answer decisions over HTTP"),
     "replay": ("pipelines.risk.replay", "play held-out days against the service"),
     "update": ("pipelines.risk.update", "warm-start a challenger, gate it, promote it"),
+    "report": ("pipelines.risk.report", "write the report of a run again"),
     "handbook": ("pipelines.risk.handbook", "the published protocol on handbook-shaped parquet"),
     "demo": ("pipelines.risk.demo", "the whole loop, a quarter of an hour"),
 }
@@ -129,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_doctor, _add_explain, _add_report, _add_registry):
+    for add in (_add_doctor, _add_explain, _add_verify, _add_registry):
         add(verbs)
     for verb, (_, summary) in PROGRAMS.items():
         verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
@@ -149,9 +150,12 @@ def _add_explain(verbs: Verbs) -> None:
     _run_here(verb, "deepseek_ray.commands:explain")
 
 
-def _add_report(verbs: Verbs) -> None:
-    verb = verbs.add_parser("report", help="write the report of a run again")
-    _run_here(verb, "deepseek_ray.commands:report")
+def _add_verify(verbs: Verbs) -> None:
+    verify = verbs.add_parser("verify", help="prove that what was served is what training sees")
+    what = verify.add_subparsers(metavar="WHAT", required=True)
+    verb = what.add_parser("features", help="recompute every logged vector by the point-in-time join")
+    verb.add_argument("--limit", type=int, default=20, help="differences to print (default: 20)")
+    _run_here(verb, "deepseek_ray.commands:verify_features")
 
 
 def _add_registry(verbs: Verbs) -> None:

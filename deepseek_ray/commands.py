@@ -9,11 +9,11 @@ from typing import Any
 
 from deepseek_ray.cli import settings_of
 from deepseek_ray.data.evidence import Evidence, VectorContract
+from deepseek_ray.data.verify import verify_run
 from deepseek_ray.errors import RegistryError
 from deepseek_ray.lineage import trace
 from deepseek_ray.online import gate
 from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, VersionInfo
-from deepseek_ray.report import write_report
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -67,11 +67,24 @@ def rollback(options: argparse.Namespace) -> int:
     return 0
 
 
-def report(options: argparse.Namespace) -> int:
-    """Write the report of a run again from the results of its stages."""
-    _, paths = settings_of(options)
-    print(f"report: {write_report(paths)}")
-    return 0
+def verify_features(options: argparse.Namespace) -> int:
+    """Recompute every served vector by the point-in-time join; status 1 when one differs or none was compared."""
+    config, paths = settings_of(options)
+    features = config.features
+    found = verify_run(
+        paths,
+        features.vector,
+        label_delay_days=config.data.label_delay_days,
+        sequence_len=features.sequence_len,
+        limit=options.limit,
+    )
+    print(f"{found.num_differences} differences in {found.rows} predictions of {found.features} numbers each")
+    if found.num_differences:
+        print(f"largest: {found.max_difference:g}; the first {len(found.differences)}:")
+        print("\n".join(f"  {difference}" for difference in found.differences))
+    if found.other_vectors:
+        print(f"{found.other_vectors} predictions of another vector or declaration were not compared")
+    return 0 if found.rows and not found.num_differences else 1
 
 
 def _registry(options: argparse.Namespace) -> Registry:

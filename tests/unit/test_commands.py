@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from deepseek_ray import cli, commands
 from deepseek_ray.config import GateConfig
 from deepseek_ray.data.evidence import Evidence, GateDecision, VectorContract
+from deepseek_ray.data.verify import Difference, Verification
 from deepseek_ray.errors import GateRefusedError, RegistryError
 from deepseek_ray.online import gate
 from deepseek_ray.registry import AuditEntry
@@ -121,3 +122,30 @@ def test_history_shows_each_move_with_its_numbers(registry: FakeRegistry, capsys
     assert "    pass  average_precision        0.6 (bound 0.01)\n" in text
     assert cli.main(["registry", "history", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["history"][0]["decision"]["promote"] is True
+
+
+def verification(**changes: Any) -> Verification:
+    fields = {"rows": 3, "other_vectors": 0, "features": 160, "num_differences": 0, "max_difference": 0.0}
+    return Verification(**cast(Any, {**fields, "differences": ()} | changes))
+
+
+DIFFERENCE = Difference("p1", "t1", 5, "card_sum_1d", 100.0, 101.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "says"),
+    [
+        (verification(), 0, "0 differences in 3 predictions of 160 numbers each\n"),
+        (verification(num_differences=1, max_difference=1.0, differences=(DIFFERENCE,)), 1, "recomputed 101.0"),
+        (verification(rows=0), 1, "0 differences in 0 predictions"),
+        (verification(other_vectors=2), 0, "2 predictions of another vector or declaration were not compared"),
+    ],
+)
+def test_verification_tells_how_much_was_compared(
+    found: Verification, status: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(commands, "verify_run", lambda *args, **options: asked.update(options) or found)
+    assert cli.main(["verify", "features", "--limit", "5", "--set", "data.label_delay_days=3"]) == status
+    assert says in capsys.readouterr().out
+    assert (asked["limit"], asked["label_delay_days"]) == (5, 3.0)
