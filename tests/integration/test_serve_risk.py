@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -186,6 +188,23 @@ def test_health_needs_no_key_and_metrics_do(server: Server) -> None:
     assert httpx.get(f"{base}/metrics").status_code == 401
     assert "deepseek_ray_stage_seconds_bucket" in server.client.get("/metrics").text
     assert server.client.get("/openapi.json").json()["openapi"] == "3.1.0"
+
+
+def test_the_commands_of_the_api_page_work(server: Server) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "curl" in block]
+    assert len(blocks) == 3
+    known = score(server, event()).json()["prediction_id"]
+    environment = os.environ | {
+        "DEEPSEEK_RAY_API_KEY": KEY,
+        "DEEPSEEK_RAY_URL": f"http://127.0.0.1:{server.port}",
+        "PREDICTION_ID": known,
+    }
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-ec", block], env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_promotion_is_swapped_in_under_traffic_without_a_failed_request(server: Server) -> None:
