@@ -154,6 +154,7 @@ class Predictor:
         state: incremental features.
         log: prediction log, this process being its only writer.
         live: the version to start with.
+        skew_us: how far clocks of clients may be apart.
         now_us: clock, microseconds since the epoch.
     """
 
@@ -164,11 +165,13 @@ class Predictor:
         live: LiveModel,
         monitor: Monitor,
         *,
+        skew_us: int = 300_000_000,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
         self._state = state
         self._log = log
         self._monitor = monitor
+        self._skew_us = skew_us
         self._now_us = now_us
         self._horizon_us, last = log.horizon()
         self._applied = log.applied
@@ -314,7 +317,8 @@ class Predictor:
         targets = self._log.label_targets([item.prediction_id for item in command.feedback])
         fresh: dict[str, Feedback] = {}
         for index, item in enumerate(command.feedback):
-            if _is_new_label(item, targets.get(item.prediction_id), fresh.get(item.prediction_id), index):
+            target = _target(item, targets.get(item.prediction_id), self._skew_us, index)
+            if _is_new_label(item, target, fresh.get(item.prediction_id)):
                 fresh[item.prediction_id] = item
         rows = [self._feedback_row(item) for item in fresh.values()]
         if rows:
@@ -449,7 +453,7 @@ def _stale(event: Transaction, last_us: int, index: int) -> RequestError:
     )
 
 
-def _is_new_label(item: Feedback, target: LabelTarget | None, earlier: Feedback | None, index: int) -> bool:
+def _target(item: Feedback, target: LabelTarget | None, skew_us: int, index: int) -> LabelTarget:
     if target is None:
         raise RequestError(
             f"Prediction {item.prediction_id!r} (number {index} of the request) is not in the log.",
@@ -458,13 +462,17 @@ def _is_new_label(item: Feedback, target: LabelTarget | None, earlier: Feedback 
             field="prediction_id",
             fix="send the prediction_id that the score response carried",
         )
-    if to_us(item.observed_at) < target.event_us:
+    if to_us(item.observed_at) < target.event_us - skew_us:
         raise RequestError(
             f"observed_at {item.observed_at.isoformat()} lies before the transaction that it is about.",
             field="observed_at",
             kind="invalid-field",
             fix="send the time when the label became known",
         )
+    return target
+
+
+def _is_new_label(item: Feedback, target: LabelTarget, earlier: Feedback | None) -> bool:
     held = target.is_fraud if earlier is None else earlier.is_fraud
     if held is None:
         return True

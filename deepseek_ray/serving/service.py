@@ -64,7 +64,8 @@ class RiskService:
         self.recovered = self.features.recover(self.log)
         warm_up(model)
         live = to_live(info, model, self.log.threshold(info.version))
-        self.predictor = Predictor(self.features, self.log, live, self.monitor)
+        skew_us = round(config.max_future_skew_s * 1e6)
+        self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us)
         self.batcher: Batcher[Command, Result] = Batcher(
             self.predictor.run,
             max_batch_size=config.max_batch_size,
