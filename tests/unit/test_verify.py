@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from deepseek_ray import cli
 from deepseek_ray.data import windows
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import LoggedFeedback, LoggedPrediction, PredictionLog
@@ -137,3 +138,28 @@ def test_an_empty_log_has_nothing_to_verify(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     serve(paths, world(0, seed=6), warmed=0)
     assert verify(paths).rows == 0
+
+
+def test_the_command_of_the_page_shows_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, history = RunPaths(tmp_path), world(80, seed=7, days=20)
+    serve(paths, history, warmed=50)
+    settings = ["--run", str(tmp_path), "--set", f"features.sequence_len={LENGTH}"]
+    assert cli.main(["verify", "features", *settings]) == 0
+    assert f"0 differences in 30 predictions of {len(SPEC.names) + LENGTH * 6} numbers" in capsys.readouterr().out
+
+
+def test_the_snippet_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (windows.DECLARATION.parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
+    snippet = page.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    shown: list[object] = []
+    exec(snippet, {"print": shown.append})  # noqa: S102 - our own page
+    assert shown[0][1] == 128  # type: ignore[index]
+
+
+def test_the_page_tells_the_sizes_and_every_aggregation() -> None:
+    page = (windows.DECLARATION.parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
+    for spec in windows.load().vectors.values():
+        assert f"| `{spec.name}` | {len(spec.names)} | `{spec.service}` |" in page
+    for name in (*windows.EVENT_AGGREGATIONS, *windows.DELAYED_AGGREGATIONS):
+        assert f"`{name}`" in page
