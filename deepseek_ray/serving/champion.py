@@ -93,8 +93,12 @@ def contract_of(info: VersionInfo, model: RiskModel, declaration: Declaration) -
 
 
 def to_live(info: VersionInfo, model: Scorer, threshold: float | None) -> LiveModel:
-    """A loaded version with its threshold: the one set for it, else its tag, else one half."""
-    chosen = threshold if threshold is not None else float(info.tags.get(THRESHOLD_TAG, DEFAULT_THRESHOLD))
+    """A loaded version with its threshold: the one set for it, else its tag, else one half.
+
+    Raises:
+        ModelFormatError: the tag is no probability.
+    """
+    chosen = threshold if threshold is not None else _tagged_threshold(info)
     return LiveModel(
         scorer=model,
         name=info.name,
@@ -106,6 +110,19 @@ def to_live(info: VersionInfo, model: Scorer, threshold: float | None) -> LiveMo
         threshold=chosen,
         since_us=time.time_ns() // 1_000,
     )
+
+
+def _tagged_threshold(info: VersionInfo) -> float:
+    text = info.tags.get(THRESHOLD_TAG, str(DEFAULT_THRESHOLD))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ModelFormatError(
+            f"Version {info.version} has the tag {THRESHOLD_TAG} = {text!r}.", fix="set it to a probability from 0 to 1"
+        )
+    return value
 
 
 def warm_up(model: RiskModel) -> None:
@@ -177,27 +194,34 @@ class ChampionWatcher:
             return
         if version == self._refused[0]:
             return
-        info, model = load_version(self._registry, version)
-        refusal = self._contract.refusal(info, model.config.label_delay_days)
-        if refusal:
-            self._refuse(version, f"version {version} needs a restart of the service: {refusal}")
+        try:
+            info, model = load_version(self._registry, version)
+            refusal = self._contract.refusal(info, model.config.label_delay_days)
+            if refusal:
+                self._refuse(version, f"version {version} needs a restart of the service: {refusal}")
+                return
+            live = to_live(info, model, self._threshold(version))
+        except ModelFormatError as error:
+            self._refuse(version, str(error))
             return
         warm_up(model)
-        self._swap(to_live(info, model, self._threshold(version)))
+        self._swap(live)
         self._refused = ("", "")
         self._monitor.swaps.labels("swapped").inc()
         logger.info("version %s serves now", version)
 
     def _run(self) -> None:
         torch.set_num_threads(1)
+        failing = False
         while not self._stop.wait(self._poll_s):
             try:
                 self.check()
-            except ModelFormatError as error:
-                self._refuse(self._registry.version_of(CHAMPION) or "", str(error))
+                failing = False
             except Exception:  # the registry is away: what serves goes on serving
                 self._monitor.swaps.labels("failed").inc()
-                logger.exception("the registry could not be polled")
+                if not failing:
+                    logger.exception("the registry cannot be polled; trying again every %g s", self._poll_s)
+                failing = True
 
     def _refuse(self, version: str, why: str) -> None:
         self._refused = (version, why)

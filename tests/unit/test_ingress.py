@@ -1,0 +1,41 @@
+"""The thin shell around Ray Serve checks what it can before it starts anything."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from deepseek_ray.errors import EnvironmentProblemError
+from serve_apps import ingress, risk
+
+
+def test_a_taken_port_is_refused_with_a_fix() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(EnvironmentProblemError, match="--port"):
+            ingress.check_port("127.0.0.1", taken.getsockname()[1])
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(EnvironmentProblemError, match="cannot be listened on"):
+        ingress.check_port("203.0.113.9", 80)
+
+
+def test_a_port_just_given_back_can_be_taken_again() -> None:
+    port = ingress.free_port()
+    with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
+        server.accept()[0].close()  # leaves the port in TIME_WAIT
+    ingress.check_port("127.0.0.1", port)
+
+
+def test_serving_without_a_key_stops_before_anything_starts(tmp_path: object) -> None:
+    with pytest.raises(EnvironmentProblemError, match="DEEPSEEK_RAY_API_KEY"):
+        risk.main(["--run", str(tmp_path), "--port", "0"])
+
+
+def test_settings_come_from_preset_file_and_command_line() -> None:
+    options = risk._parser().parse_args(["--port", "81", "--set", "serving.max_batch_size=3", "--preset", "debug"])
+    config = risk._config(options)
+    assert (config.serving.port, config.serving.max_batch_size) == (81, 3)
