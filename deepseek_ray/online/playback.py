@@ -1,0 +1,132 @@
+"""Plays recorded days against a live service as its clients would: in order for each card, labels when they are due."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import polars as pl
+
+from deepseek_ray.client import RiskClient
+from deepseek_ray.data.events import Feedback, Transaction
+from deepseek_ray.errors import DeepseekRayError
+
+FEEDBACK_BATCH = 250
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass
+class Outcome:
+    """What the played requests brought.
+
+    Attributes:
+        predictions: transaction id -> prediction id.
+        latencies_ms: one a scoring request, as the client saw it.
+        failures: message of each request that failed after its retry.
+        feedback: labels accepted.
+    """
+
+    predictions: dict[str, str] = field(default_factory=dict)
+    latencies_ms: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    requests: int = 0
+    feedback: int = 0
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label that becomes known at ``due_us`` (microseconds since 1970)."""
+
+    due_us: int
+    transaction_id: str
+    is_fraud: bool
+
+
+def late_labels(table: pl.DataFrame, *, share: float, max_days: float, seed: int) -> list[Label]:
+    """Labels of a transactions table by due time; ``share`` of them come up to ``max_days`` after the label delay."""
+    rng = np.random.default_rng(seed)
+    labelled = table.filter(pl.col("is_fraud").is_not_null())
+    extra_us = (rng.random(labelled.height) < share) * rng.random(labelled.height) * max_days * 86_400e6
+    due_us = labelled["label_us"].to_numpy() + extra_us.astype(np.int64)
+    rows = zip(due_us.tolist(), labelled["transaction_id"].to_list(), labelled["is_fraud"].to_list(), strict=True)
+    return sorted((Label(due, name, bool(fraud)) for due, name, fraud in rows), key=lambda label: label.due_us)
+
+
+def to_transactions(table: pl.DataFrame) -> Iterator[Transaction]:
+    """The rows of a transactions table as request records."""
+    names = list(Transaction.model_fields)
+    for row in table.select(names).iter_rows(named=True):
+        yield Transaction(**row)
+
+
+async def send_labels(client: RiskClient, labels: Sequence[Label], outcome: Outcome) -> None:
+    """Send the labels of transactions that were scored; others have no prediction to speak of."""
+    ready = [label for label in labels if label.transaction_id in outcome.predictions]
+    for start in range(0, len(ready), FEEDBACK_BATCH):
+        batch = [
+            Feedback(
+                prediction_id=outcome.predictions[label.transaction_id],
+                is_fraud=label.is_fraud,
+                observed_at=_EPOCH + timedelta(microseconds=label.due_us),
+            )
+            for label in ready[start : start + FEEDBACK_BATCH]
+        ]
+        try:
+            outcome.feedback += await client.feedback(batch)
+        except DeepseekRayError as error:
+            outcome.failures.append(str(error))
+
+
+async def send_transactions(
+    client: RiskClient,
+    transactions: Sequence[Transaction],
+    outcome: Outcome,
+    *,
+    lanes: int,
+    rate_per_s: Callable[[], float],
+    progress: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Score transactions one a request, over ``lanes`` clients at once; a card always keeps to its lane and order.
+
+    Args:
+        rate_per_s: requests a second over all lanes, asked again for each request; 0 means as fast as answers come.
+    """
+    queues: list[list[Transaction]] = [[] for _ in range(lanes)]
+    for transaction in transactions:
+        queues[zlib.crc32(transaction.card_id.encode()) % lanes].append(transaction)
+    await asyncio.gather(*(_lane(client, queue, outcome, lanes, rate_per_s, progress) for queue in queues))
+
+
+async def _lane(
+    client: RiskClient,
+    queue: Sequence[Transaction],
+    outcome: Outcome,
+    lanes: int,
+    rate_per_s: Callable[[], float],
+    progress: Callable[[int], object],
+) -> None:
+    due = time.perf_counter()
+    for transaction in queue:
+        rate = rate_per_s()
+        if rate > 0:
+            due = max(due + lanes / rate, time.perf_counter() - 1.0)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        await _score(client, transaction, outcome)
+        progress(1)
+
+
+async def _score(client: RiskClient, transaction: Transaction, outcome: Outcome) -> None:
+    start = time.perf_counter()
+    outcome.requests += 1
+    try:
+        prediction = (await client.score([transaction]))[0]
+    except DeepseekRayError as error:
+        outcome.failures.append(str(error))
+        return
+    outcome.latencies_ms.append((time.perf_counter() - start) * 1e3)
+    outcome.predictions[transaction.transaction_id] = prediction.prediction_id
