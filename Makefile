@@ -28,10 +28,10 @@ demo: $(STAMP) ## run the card-fraud loop from events to an updated live model
 	$(BIN)/python -m pipelines.risk.demo $(ARGS)
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not bench' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
 
 test-full: $(STAMP) ## all tests of this machine
-	$(BIN)/python -m pytest -m 'not bench' $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -39,7 +39,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(STAMP) ## measure; prints a table for each benchmark
-	$(BIN)/python -m pytest tests/bench -m bench -s $(ARGS)
+	@for file in tests/bench/bench_*.py; do \
+		echo "$$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) $(ARGS) || exit 1; \
+	done
 
 clean: ## remove .venv, caches and build output; runs/ holds your results and stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,7 +9,6 @@ from typing import Any
 
 from deepseek_ray.cli import settings_of
 from deepseek_ray.data.evidence import Evidence, VectorContract
-from deepseek_ray.data.verify import verify_run
 from deepseek_ray.errors import RegistryError
 from deepseek_ray.lineage import trace
 from deepseek_ray.online import gate
@@ -69,6 +68,8 @@ def rollback(options: argparse.Namespace) -> int:
 
 def verify_features(options: argparse.Namespace) -> int:
     """Recompute every served vector by the point-in-time join; status 1 when one differs or none was compared."""
+    from deepseek_ray.data.verify import verify_run  # brings Feast, whose import takes seconds
+
     config, paths = settings_of(options)
     features = config.features
     found = verify_run(

@@ -17,7 +17,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future b
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray workers start fast only with .pyc files
 
 HERE = Path(__file__).parent
-FOLDERS = ("unit", "distributed", "integration", "e2e", "gpu", "bench")
+FOLDERS = ("unit", "distributed", "integration", "e2e", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

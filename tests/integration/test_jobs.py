@@ -18,12 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 180
 JOB_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 15
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S + JOB_TIMEOUT_S)
 
@@ -82,13 +84,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for_jobs_api(address, token.read_text(), head)
         yield Cluster(address, environment, folder / "runs")
     finally:
-        head.terminate()
-        try:
-            head.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            head.kill()
+        stop(head)
         log.close()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stop(head: subprocess.Popen[bytes]) -> None:
+    """End the head node and every process it started; ``ray stop`` would end all clusters of the machine."""
+    parts = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+    head.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=STOP_TIMEOUT_S)
+    for part in psutil.wait_procs(parts, timeout=1)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            part.kill()
+    head.kill()
+    head.wait()
 
 
 def wait_for_jobs_api(address: str, token: str, head: subprocess.Popen[bytes]) -> None:
@@ -126,8 +137,9 @@ def test_only_the_programs_travel(cluster: Cluster) -> None:
 
 def test_the_loop_runs_as_jobs(cluster: Cluster) -> None:
     run = cluster.runs / "job"
-    for verb in ("ingest", "train"):
-        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", "--preset", "debug", "--run", str(run))
+    for verb, *source in (("ingest", "--synthetic"), ("train",)):
+        command = ("python", "-m", f"pipelines.risk.{verb}", *source)
+        done = cluster.submit(*command, "--preset", "debug", "--run", str(run), "--set", "train.num_workers=1")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout
     assert (run / "transactions.parquet").is_file()

@@ -145,7 +145,7 @@ def test_verification_tells_how_much_was_compared(
     found: Verification, status: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(commands, "verify_run", lambda *args, **options: asked.update(options) or found)
+    monkeypatch.setattr("deepseek_ray.data.verify.verify_run", lambda *args, **options: asked.update(options) or found)
     assert cli.main(["verify", "features", "--limit", "5", "--set", "data.label_delay_days=3"]) == status
     assert says in capsys.readouterr().out
     assert (asked["limit"], asked["label_delay_days"]) == (5, 3.0)
