@@ -104,7 +104,9 @@ async def _load(url: str, rate: float, seconds: float) -> tuple[list[float], int
         while due < start + seconds:
             due += rng.expovariate(rate)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(_one(client, rng, due, latencies, failures)))
+            # cards take turns: two payments of one card on two connections may overtake each other
+            card = f"c{len(tasks) % 60}"
+            tasks.append(asyncio.create_task(_one(client, card, rng, due, latencies, failures)))
         await asyncio.gather(*tasks)
     if failures:
         print(failures[0], file=sys.stderr)
@@ -112,13 +114,18 @@ async def _load(url: str, rate: float, seconds: float) -> tuple[list[float], int
 
 
 async def _one(
-    client: aiohttp.ClientSession, rng: random.Random, due: float, latencies: list[float], failures: list[str]
+    client: aiohttp.ClientSession,
+    card: str,
+    rng: random.Random,
+    due: float,
+    latencies: list[float],
+    failures: list[str],
 ) -> None:
     number = time.time_ns()
     body = {
         "transaction_id": f"b{number}",
         "event_time": datetime.now(UTC).isoformat(),
-        "card_id": f"c{rng.randrange(60)}",
+        "card_id": card,
         "terminal_id": f"t{rng.randrange(120)}",
         "device_id": f"d{rng.randrange(60)}",
         "amount_cents": rng.randrange(100, 30_000),
