@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 
 def average_precision(label: ArrayLike, probability: ArrayLike) -> float:
@@ -107,6 +107,31 @@ def by_scenario(label: ArrayLike, probability: ArrayLike, scenario: ArrayLike, f
     threshold = genuine[min(int(fpr * len(genuine)), len(genuine) - 1)]
     kinds = np.unique(kind[(y == 1) & (kind > 0)])
     return {int(one): float(np.mean(p[(y == 1) & (kind == one)] > threshold)) for one in kinds}
+
+
+def curves(label: ArrayLike, probability: ArrayLike, num_points: int = 200) -> dict[str, list[list[float]]]:
+    """Points to draw, thinned to about ``num_points``.
+
+    Returns:
+        ``pr``: [recall, precision], ``roc``: [false-positive rate, recall], ``calibration``: [predicted, observed,
+        rows]; the first two are empty when a class is missing.
+    """
+    bins = calibration_curve(label, probability)
+    drawn = {"calibration": np.column_stack([bins.predicted, bins.observed, bins.count]).tolist()}
+    if not _both(label):
+        return {"pr": [], "roc": [], **drawn}
+    precision, recall, _ = precision_recall_curve(label, probability)
+    false_rate, true_rate, _ = roc_curve(label, probability)
+    # Alarms are affordable only where the false rate is small: even steps in recall keep that end resolved.
+    pr = _thin(np.column_stack([recall, precision])[::-1], 0, num_points)
+    return {"pr": pr, "roc": _thin(np.column_stack([false_rate, true_rate]), 1, num_points), **drawn}
+
+
+def _thin(points: NDArray[np.float64], axis: int, num_points: int) -> list[list[float]]:
+    place = np.searchsorted(points[:, axis], np.linspace(0, 1, num_points))
+    kept = np.unique(np.concatenate([[0], np.minimum(place, len(points) - 1), [len(points) - 1]]))
+    chosen: list[list[float]] = points[kept].tolist()
+    return chosen
 
 
 def evaluate(
