@@ -16,8 +16,7 @@ from deepseek_ray.logs import get_logger
 from deepseek_ray.serving import openapi, problem, wire
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
-from deepseek_ray.serving.monitor import Monitor
-from deepseek_ray.serving.predictor import (
+from deepseek_ray.serving.commands import (
     Command,
     FeedbackCommand,
     FeedbackResult,
@@ -27,6 +26,7 @@ from deepseek_ray.serving.predictor import (
     ScoreResult,
     ThresholdCommand,
 )
+from deepseek_ray.serving.monitor import Monitor
 
 logger = get_logger(__name__)
 

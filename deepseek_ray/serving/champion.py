@@ -15,8 +15,8 @@ from deepseek_ray.errors import FeatureError, ModelFormatError, RegistryError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
 from deepseek_ray.registry import CHAMPION, Registry, VersionInfo
+from deepseek_ray.serving.commands import LiveModel, Scorer
 from deepseek_ray.serving.monitor import Monitor
-from deepseek_ray.serving.predictor import LiveModel, Scorer
 
 logger = get_logger(__name__)
 

@@ -13,138 +13,36 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from deepseek_ray.data.events import Feedback, Prediction, Reason, Transaction, to_us
-from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, LoggedPrediction, PredictionLog
+from deepseek_ray.data.prediction_log import LoggedFeedback, LoggedPrediction, PredictionLog
 from deepseek_ray.errors import DeepseekRayError, RequestError, StaleEventError
 from deepseek_ray.logs import get_logger
+from deepseek_ray.serving.admission import Plan, admit, is_new_label, label_target
+from deepseek_ray.serving.commands import (
+    Command,
+    FeatureState,
+    FeedbackCommand,
+    FeedbackResult,
+    FloatArray,
+    LiveModel,
+    Result,
+    ScoreCommand,
+    ScoreResult,
+    Served,
+    ThresholdCommand,
+)
 from deepseek_ray.serving.monitor import Monitor
 
 logger = get_logger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
 MAX_REASONS = 5
 
 C = TypeVar("C")
-
-
-class Served(Protocol):
-    """One event's features as they stood at its moment."""
-
-    @property
-    def order_us(self) -> int: ...
-    @property
-    def values(self) -> FloatArray: ...
-    @property
-    def sequence(self) -> FloatArray: ...
-    @property
-    def cold(self) -> Sequence[str]: ...
-
-
-class FeatureState(Protocol):
-    """The incremental feature engine over a store whose writes can wait."""
-
-    def last_event_us(self, card_ids: Sequence[str]) -> Mapping[str, int]:
-        """Time of each known card's last event."""
-
-    def observe_many(self, transactions: Sequence[Transaction]) -> Sequence[Served]:
-        """Compute features and take the events into the state, in memory."""
-
-    def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
-        """Take a label into the state, in memory."""
-
-    def keep(self) -> None:
-        """Make the changes so far final: the log holds them."""
-
-    def discard(self) -> None:
-        """Undo what changed since the last ``keep``."""
-
-    def flush(self) -> None:
-        """Write what was kept to the store."""
-
-
-class Scorer(Protocol):
-    """A loaded model."""
-
-    def predict_proba(self, features: FloatArray, sequence: FloatArray) -> FloatArray:
-        """Fraud probability [n] of values [n, F] and sequences [n, N, C]."""
-
-    def attribute(self, features: FloatArray, sequence: FloatArray) -> FloatArray:
-        """Log-odds contribution [n, F] of each feature."""
-
-
-@dataclass(frozen=True)
-class LiveModel:
-    """A version that serves, and since when."""
-
-    scorer: Scorer
-    name: str
-    version: str
-    run_id: str
-    feature_service: str
-    feature_digest: str
-    feature_names: tuple[str, ...]
-    threshold: float
-    since_us: int
-
-
-@dataclass(frozen=True)
-class ScoreCommand:
-    """One request's transactions, and when it arrived (``time.perf_counter``)."""
-
-    transactions: Sequence[Transaction]
-    received_s: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(frozen=True)
-class FeedbackCommand:
-    """One request's labels."""
-
-    feedback: Sequence[Feedback]
-
-
-@dataclass(frozen=True)
-class ScoreResult:
-    """Predictions in the order of the request; ``repeated`` says how many had been made before."""
-
-    predictions: list[Prediction]
-    repeated: int
-
-
-@dataclass(frozen=True)
-class FeedbackResult:
-    """How many labels were new, and how many were known already."""
-
-    accepted: int
-    repeated: int
-
-
-@dataclass(frozen=True)
-class ThresholdCommand:
-    """A new threshold for the version that serves; ``model_version`` guards against a swap, "" does not."""
-
-    threshold: float
-    model_version: str = ""
-
-
-Command = ScoreCommand | FeedbackCommand | ThresholdCommand
-Result = ScoreResult | FeedbackResult | LiveModel
-
-
-@dataclass
-class _Plan:
-    """What a batch will do: new events in order, and the answers already at hand."""
-
-    stored: dict[str, LoggedPrediction]
-    last_us: dict[str, int]
-    fresh: dict[str, Transaction] = field(default_factory=dict)
-    received_s: dict[str, float] = field(default_factory=dict)
-    refused: dict[int, Exception] = field(default_factory=dict)
 
 
 class Predictor:
@@ -240,20 +138,20 @@ class Predictor:
             return [error] * len(commands)
         return [plan.refused.get(i) or _answer(command, plan, rows) for i, command in enumerate(commands)]
 
-    def _plan(self, commands: Sequence[ScoreCommand]) -> _Plan:
+    def _plan(self, commands: Sequence[ScoreCommand]) -> Plan:
         events = [event for command in commands for event in command.transactions]
         with self._monitor.timed("check"):
             stored = self._log.by_transaction([event.transaction_id for event in events])
             last_us = dict(self._state.last_event_us(list({event.card_id for event in events})))
-        plan = _Plan(stored, last_us)
+        plan = Plan(stored, last_us)
         for index, command in enumerate(commands):
             try:
-                _admit(command, plan)
+                admit(command, plan)
             except (RequestError, StaleEventError) as error:
                 plan.refused[index] = error
         return plan
 
-    def _decide(self, plan: _Plan, live: LiveModel) -> dict[str, LoggedPrediction]:
+    def _decide(self, plan: Plan, live: LiveModel) -> dict[str, LoggedPrediction]:
         events = list(plan.fresh.values())
         with self._monitor.timed("features"):
             served = self._state.observe_many(events)
@@ -317,8 +215,8 @@ class Predictor:
         targets = self._log.label_targets([item.prediction_id for item in command.feedback])
         fresh: dict[str, Feedback] = {}
         for index, item in enumerate(command.feedback):
-            target = _target(item, targets.get(item.prediction_id), self._skew_us, index)
-            if _is_new_label(item, target, fresh.get(item.prediction_id)):
+            target = label_target(item, targets.get(item.prediction_id), self._skew_us, index)
+            if is_new_label(item, target, fresh.get(item.prediction_id)):
                 fresh[item.prediction_id] = item
         rows = [self._feedback_row(item) for item in fresh.values()]
         if rows:
@@ -406,88 +304,7 @@ def _attempt(work: Callable[[C], Result], command: C) -> Result | Exception:
         return error
 
 
-def _admit(command: ScoreCommand, plan: _Plan) -> None:
-    """Take a request into the plan as a whole, or raise and leave the plan as it was."""
-    fresh: dict[str, Transaction] = {}
-    last_us: dict[str, int] = {}
-    for index, event in enumerate(command.transactions):
-        known = plan.stored.get(event.transaction_id)
-        earlier = known.transaction if known else fresh.get(event.transaction_id, plan.fresh.get(event.transaction_id))
-        if earlier is not None:
-            _check_same(event, earlier, index)
-            continue
-        event_us = to_us(event.event_time)
-        last = last_us.get(event.card_id, plan.last_us.get(event.card_id, event_us))
-        if event_us < last:
-            raise _stale(event, last, index)
-        fresh[event.transaction_id] = event
-        last_us[event.card_id] = event_us
-    plan.fresh |= fresh
-    plan.last_us |= last_us
-    plan.received_s |= dict.fromkeys(fresh, command.received_s)
-
-
-def _check_same(event: Transaction, earlier: Transaction, index: int) -> None:
-    if event == earlier:
-        return
-    changed = next(name for name in Transaction.model_fields if getattr(event, name) != getattr(earlier, name))
-    raise RequestError(
-        f"Transaction {event.transaction_id!r} (number {index} of the request) was scored before with another "
-        f"{changed}: {getattr(earlier, changed)!s}, now {getattr(event, changed)!s}.",
-        status=409,
-        kind="duplicate-transaction",
-        field="transaction_id",
-        fix="repeat a request unchanged, or give a new transaction a new id",
-    )
-
-
-def _stale(event: Transaction, last_us: int, index: int) -> RequestError:
-    late_s = (last_us - to_us(event.event_time)) / 1e6
-    return RequestError(
-        f"event_time {event.event_time.isoformat()} of transaction {event.transaction_id!r} (number {index} of the "
-        f"request) is {late_s:g} s older than the last event of card {event.card_id!r}.",
-        status=409,
-        kind="stale-event",
-        field="event_time",
-        fix="send a card's transactions in the order of their times",
-    )
-
-
-def _target(item: Feedback, target: LabelTarget | None, skew_us: int, index: int) -> LabelTarget:
-    if target is None:
-        raise RequestError(
-            f"Prediction {item.prediction_id!r} (number {index} of the request) is not in the log.",
-            status=404,
-            kind="unknown-prediction",
-            field="prediction_id",
-            fix="send the prediction_id that the score response carried",
-        )
-    if to_us(item.observed_at) < target.event_us - skew_us:
-        raise RequestError(
-            f"observed_at {item.observed_at.isoformat()} lies before the transaction that it is about.",
-            field="observed_at",
-            kind="invalid-field",
-            fix="send the time when the label became known",
-        )
-    return target
-
-
-def _is_new_label(item: Feedback, target: LabelTarget, earlier: Feedback | None) -> bool:
-    held = target.is_fraud if earlier is None else earlier.is_fraud
-    if held is None:
-        return True
-    if held != item.is_fraud:
-        raise RequestError(
-            f"Prediction {item.prediction_id!r} is already labelled is_fraud={str(held).lower()}.",
-            status=409,
-            kind="conflicting-feedback",
-            field="is_fraud",
-            fix="settle which label is true; the first one stays",
-        )
-    return False
-
-
-def _answer(command: ScoreCommand, plan: _Plan, rows: Mapping[str, LoggedPrediction]) -> ScoreResult:
+def _answer(command: ScoreCommand, plan: Plan, rows: Mapping[str, LoggedPrediction]) -> ScoreResult:
     predictions = []
     repeated = 0
     for event in command.transactions:

@@ -20,9 +20,10 @@ from deepseek_ray.serving.app import RiskApp, Service
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.champion import ChampionWatcher, InputContract, contract_of, load_champion, to_live, warm_up
+from deepseek_ray.serving.commands import Command, Result
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
-from deepseek_ray.serving.predictor import Command, Predictor, Result
+from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)

@@ -18,8 +18,9 @@ from deepseek_ray.data.prediction_log import LabelTarget, PredictionLog
 from deepseek_ray.serving.app import RiskApp, Service
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
+from deepseek_ray.serving.commands import LiveModel
 from deepseek_ray.serving.monitor import Monitor
-from deepseek_ray.serving.predictor import LiveModel, Predictor
+from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.wire import Limits
 
 KEY = "a-key-for-the-tests-only"

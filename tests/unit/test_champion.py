@@ -16,8 +16,8 @@ from deepseek_ray.errors import FeatureError, ModelFormatError, RegistryError
 from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.registry import InputSchema, VersionInfo
 from deepseek_ray.serving.champion import ChampionWatcher, contract_of, load_champion, to_live
+from deepseek_ray.serving.commands import LiveModel
 from deepseek_ray.serving.monitor import Monitor
-from deepseek_ray.serving.predictor import LiveModel
 
 DECLARATION = windows.load()
 SPEC = DECLARATION.vector("handbook")

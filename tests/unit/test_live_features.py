@@ -16,16 +16,16 @@ from deepseek_ray.data.events import Feedback, Transaction
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import MemoryStore, StateStore
 from deepseek_ray.data.stream_engine import StreamEngine
-from deepseek_ray.serving.live_features import DeferredStore, LiveFeatures
-from deepseek_ray.serving.monitor import Monitor
-from deepseek_ray.serving.predictor import (
+from deepseek_ray.serving.commands import (
     FeedbackCommand,
     FeedbackResult,
     LiveModel,
-    Predictor,
     ScoreCommand,
     ScoreResult,
 )
+from deepseek_ray.serving.live_features import DeferredStore, LiveFeatures
+from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.predictor import Predictor
 from tests.unit.serving_parts import NOW, event
 
 DECLARATION = windows.load()

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_ray.data.events import Feedback, to_us
 from deepseek_ray.errors import RequestError
-from deepseek_ray.serving.predictor import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
+from deepseek_ray.serving.commands import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
 from tests.unit.serving_parts import NOW, FakeScorer, Rig, event, live_model, rig
 
 
