@@ -11,10 +11,18 @@ from deepseek_ray.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
-    "debug": {
-        "data": {"num_customers": 60, "num_terminals": 120, "num_days": 40, "train_days": 14, "holdout_days": 5, "replay_days": 5},
+    "debug": {  # small enough for tests, large enough that a model beats chance
+        "data": {
+            "num_customers": 150,
+            "num_terminals": 300,
+            "num_days": 40,
+            "train_days": 14,
+            "holdout_days": 5,
+            "replay_days": 5,
+        },
         "model": {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_expert": 16, "num_bins": 4},
-        "train": {"epochs": 1, "batch_size": 256, "num_workers": 0, "ablation": False},
+        "train": {"epochs": 3, "batch_size": 256, "num_workers": 0, "ablation": False},
+        "gate": {"max_calibration_error": 1.0, "max_p99_ms": 1_000.0},
     },
 }
 
