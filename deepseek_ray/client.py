@@ -1,7 +1,7 @@
 """A small asynchronous client of the risk service: keeps connections, names every failure.
 
-    async with RiskClient("http://127.0.0.1:8000", api_key=key) as client:
-        predictions = await client.score([transaction])
+async with RiskClient("http://127.0.0.1:8000", api_key=key) as client:
+    predictions = await client.score([transaction])
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class RiskClient:
         self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._session is not None:
             await self._session.close()
 
@@ -85,7 +87,9 @@ class RiskClient:
             async with self._session.request(method, self._base_url + path, data=body) as response:
                 return _check(response.status, await response.read(), path)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServingError(f"{self._base_url}{path} did not answer: {error!r}.", fix="see that the service runs") from error
+            raise ServingError(
+                f"{self._base_url}{path} did not answer: {error!r}.", fix="see that the service runs"
+            ) from error
 
 
 def _check(status: int, body: bytes, path: str) -> dict[str, Any]:

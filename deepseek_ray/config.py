@@ -40,7 +40,7 @@ class DataConfig(Section):
 class FeatureConfig(Section):
     """Which vector the model reads."""
 
-    vector: Literal["default", "wide", "handbook"] = "default"
+    vector: Literal["default", "wide", "handbook", "handbook_history"] = "default"
     sequence_len: int = Field(16, ge=0, le=128, description="card's recent events fed to attention")
 
 
@@ -106,6 +106,8 @@ class UpdateConfig(Section):
     epochs: int = Field(4, ge=1)
     lr: float = Field(5e-4, gt=0)
     min_labels: int = Field(50, ge=1)
+    holdout_fraction: float = Field(0.25, gt=0, lt=1, description="newest labelled days; they judge and do not train")
+    memory_rows: int = Field(30_000, ge=1, description="rows of each class kept for replay")
 
 
 class ServingConfig(Section):

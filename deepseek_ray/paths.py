@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deepseek_ray.errors import EnvironmentProblemError
 
@@ -54,6 +58,16 @@ class RunPaths:
     def checkpoints(self) -> Path:
         """Training checkpoints."""
         return self.root / "checkpoints"
+
+    @property
+    def datasets(self) -> Path:
+        """Rows with features and labels that were trained on or held out."""
+        return self.root / "datasets"
+
+    @property
+    def replay_memory(self) -> Path:
+        """Older labelled rows that an update mixes in."""
+        return self.root / "replay_memory.npz"
 
     @property
     def results(self) -> Path:
@@ -115,3 +129,21 @@ def mark_latest(paths: RunPaths) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(paths.root.resolve(), link.parent.resolve()))
     os.replace(fresh, link)
+
+
+def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any]) -> Path:
+    """Write one stage's results for the report, whole or not at all; NaN and infinity become null."""
+    paths.results.mkdir(parents=True, exist_ok=True)
+    target = paths.results / f"{stage}.json"
+    draft = target.with_name(f".{stage}-{os.getpid()}")
+    draft.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, target)
+    return target
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(key): _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -10,7 +10,7 @@ from deepseek_ray.config import Config, build_config
 from deepseek_ray.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {},
+    "demo": {"data": {"replay_days": 16, "drift": "new-device"}},
     "debug": {  # small enough for tests, large enough that a model beats chance
         "data": {
             "num_customers": 150,

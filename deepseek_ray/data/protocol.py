@@ -34,7 +34,14 @@ def day_numbers(table: pl.DataFrame) -> NDArray[np.int64]:
 
 
 def split(
-    table: pl.DataFrame, *, train_start: date, train_days: int, delay_days: int, test_start: date, test_days: int, history_days: int
+    table: pl.DataFrame,
+    *,
+    train_start: date,
+    train_days: int,
+    delay_days: int,
+    test_start: date,
+    test_days: int,
+    history_days: int,
 ) -> Split:
     """Rows to train on and to test on.
 
@@ -58,7 +65,8 @@ def split(
     last = first + train_days - 1
     if test <= last + delay_days:
         raise DataError(
-            f"Test day {test_start} is not more than {delay_days} days after the last train day.", fix="move --test-start or lower --delay-days"
+            f"Test day {test_start} is not more than {delay_days} days after the last train day.",
+            fix="move --test-start or lower --delay-days",
         )
     train = np.flatnonzero((day >= first) & (day <= last))
     history = np.flatnonzero((day > last - history_days) & (day <= last))
@@ -76,7 +84,9 @@ def _number(day: date) -> int:
 def _without_known(
     table: pl.DataFrame, day: NDArray[np.int64], first: int, last: int, test_days: range, delay_days: int
 ) -> NDArray[np.int64]:
-    card = table["card_id"].to_physical() if table["card_id"].dtype == pl.Categorical else table["card_id"].rank("dense")
+    card = (
+        table["card_id"].to_physical() if table["card_id"].dtype == pl.Categorical else table["card_id"].rank("dense")
+    )
     code, fraud = card.to_numpy().astype(np.int64), table["is_fraud"].fill_null(0).to_numpy() == 1
     known = np.zeros(code.max() + 1, bool)
     known[code[(day >= first) & (day <= last) & fraud]] = True
@@ -104,7 +114,8 @@ def knowable(table: pl.DataFrame, rows: NDArray[np.int64], *, delay_days: float)
     pairs = chosen.join(seen.select("terminal_id", pl.col("us").alias("earlier")), on="terminal_id")
     day_us = 86_400_000_000
     known = pairs.filter(
-        (pl.col("earlier") <= pl.col("us") - round(delay_days * day_us)) & (pl.col("earlier") > pl.col("us") - COMPROMISE_DAYS * day_us)
+        (pl.col("earlier") <= pl.col("us") - round(delay_days * day_us))
+        & (pl.col("earlier") > pl.col("us") - COMPROMISE_DAYS * day_us)
     )["row"].unique()
     terminal = np.isin(rows, known.to_numpy())
     return ((scenario[rows] == 1) | (scenario[rows] == 3) | terminal).astype(np.float64)

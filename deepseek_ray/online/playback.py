@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -36,6 +37,28 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     requests: int = 0
     feedback: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        """Counts, percentiles in milliseconds and the first failures, as plain data."""
+        at = [50, 90, 99]
+        found = np.percentile(self.latencies_ms, at).tolist() if self.latencies_ms else [None] * len(at)
+        return {
+            "requests": self.requests,
+            "transactions": len(self.predictions),
+            "feedback": self.feedback,
+            "failed": len(self.failures),
+            "failures": self.failures[:5],
+            **{f"http_p{p}_ms": value for p, value in zip(at, found, strict=True)},
+        }
+
+    def histogram(self, num_bins: int = 40) -> list[tuple[float, int]]:
+        """Upper edge in milliseconds and count of each bin, evenly spaced in the logarithm."""
+        times = np.asarray(self.latencies_ms)
+        if not times.size:
+            return []
+        edges = np.geomspace(times.min(), times.max() * (1 + 1e-9), num_bins + 1)
+        counts = np.histogram(times, edges)[0]
+        return [(float(edge), int(count)) for edge, count in zip(edges[1:], counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -99,25 +122,30 @@ async def send_transactions(
     queues: list[list[Transaction]] = [[] for _ in range(lanes)]
     for transaction in transactions:
         queues[zlib.crc32(transaction.card_id.encode()) % lanes].append(transaction)
-    await asyncio.gather(*(_lane(client, queue, outcome, lanes, rate_per_s, progress) for queue in queues))
+    pacer = _Pacer(rate_per_s)
+
+    async def lane(queue: Sequence[Transaction]) -> None:
+        for transaction in queue:
+            await pacer.wait()
+            await _score(client, transaction, outcome)
+            progress(1)
+
+    await asyncio.gather(*(lane(queue) for queue in queues))
 
 
-async def _lane(
-    client: RiskClient,
-    queue: Sequence[Transaction],
-    outcome: Outcome,
-    lanes: int,
-    rate_per_s: Callable[[], float],
-    progress: Callable[[int], object],
-) -> None:
-    due = time.perf_counter()
-    for transaction in queue:
-        rate = rate_per_s()
+class _Pacer:
+    """Hands out evenly spaced moments to all lanes together."""
+
+    def __init__(self, rate_per_s: Callable[[], float]) -> None:
+        self._rate_per_s = rate_per_s
+        self._next_s = time.perf_counter()
+
+    async def wait(self) -> None:
+        rate = self._rate_per_s()
         if rate > 0:
-            due = max(due + lanes / rate, time.perf_counter() - 1.0)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        await _score(client, transaction, outcome)
-        progress(1)
+            slot_s = max(self._next_s, time.perf_counter())
+            self._next_s = slot_s + 1 / rate
+            await asyncio.sleep(slot_s - time.perf_counter())
 
 
 async def _score(client: RiskClient, transaction: Transaction, outcome: Outcome) -> None:

@@ -1,0 +1,53 @@
+"""Training rows out of the prediction log: the vectors as they were served, with the labels that came in."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.periods import card_numbers
+from deepseek_ray.data.prediction_archive import read_predictions, stack_sequences, stack_values
+from deepseek_ray.data.table import delay_us
+from deepseek_ray.errors import DataError
+from deepseek_ray.paths import RunPaths
+
+
+def matured_rows(
+    paths: RunPaths, columns: tuple[str, ...], feature_digest: str, label_delay_days: float
+) -> RiskDataset:
+    """Decisions old enough for their label: with it, or as genuine where none came within the delay.
+
+    Args:
+        paths: the run with the log.
+        columns: feature names of the vector, F of them.
+        feature_digest: only decisions served from this vector are taken.
+        label_delay_days: days after which a decision without a label counts as genuine.
+
+    Raises:
+        DataError: no decision is old enough.
+    """
+    logged = read_predictions(paths).filter(pl.col("feature_digest") == feature_digest)
+    newest = int(logged["order_us"].max() or 0)  # type: ignore[arg-type]
+    rows = logged.filter(pl.col("order_us") <= newest - delay_us(label_delay_days)).sort("order_us")
+    if not rows.height:
+        raise DataError(
+            f"None of {logged.height} logged decisions is {label_delay_days:g} days old.", fix="wait for their labels"
+        )
+    return to_rows(rows, columns, rows["is_fraud"].fill_null(0).to_numpy())
+
+
+def to_rows(
+    logged: pl.DataFrame, columns: tuple[str, ...], label: np.ndarray, scenario: np.ndarray | None = None
+) -> RiskDataset:
+    """Rows of ``read_predictions`` as a dataset; float64 vectors become the float32 that training reads."""
+    return RiskDataset.build(
+        stack_values(logged),
+        stack_sequences(logged),
+        label,
+        logged["order_us"].to_numpy(),
+        card_numbers(logged["card_id"]),
+        feature_names=columns,
+        amount_cents=logged["amount_cents"].to_numpy(),
+        scenario=scenario,
+    )

@@ -1,0 +1,98 @@
+"""Follows a live service day by day: drift of features and scores, quality on matured labels, the threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import polars as pl
+
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.prediction_archive import stack_values
+from deepseek_ray.metrics import average_precision
+from deepseek_ray.online.drift import DriftResult, Reference, compare_all
+from deepseek_ray.online.threshold import AlertBudget
+
+
+@dataclass(frozen=True)
+class DayReport:
+    """One served day.
+
+    Attributes:
+        day: ISO date.
+        average_precision: prequential, over the decisions whose labels are known by now; None without a fraud.
+        threshold: for the next day.
+        psi_max: largest population stability index over the features that vary in the reference.
+    """
+
+    day: str
+    transactions: int
+    frauds: int
+    alerts: int
+    average_precision: float | None
+    threshold: float
+    psi_max: float
+    ks_max: float
+    model_version: str
+
+
+class Watch:
+    """State of the watch between days.
+
+    Args:
+        reference: rows of the training days; drift is measured against them.
+        alert_rate: share of decisions that people can review.
+        threshold: decision threshold at the start.
+    """
+
+    def __init__(self, reference: RiskDataset, *, alert_rate: float, threshold: float) -> None:
+        spread = reference.features.std(axis=0)
+        varying = np.flatnonzero(spread > 0)
+        self._columns = {reference.feature_names[index]: int(index) for index in varying}
+        self._references = [Reference.fit(name, reference.features[:, i]) for name, i in self._columns.items()]
+        self._budget = AlertBudget(alert_rate, threshold)
+        self.results: list[DriftResult] = []
+        self.days: list[DayReport] = []
+
+    def close_day(self, day: str, served: pl.DataFrame, matured: pl.DataFrame, frauds: int) -> DayReport:
+        """Take stock of a day.
+
+        Args:
+            day: ISO date.
+            served: the day's rows of ``prediction_archive.read_predictions``.
+            matured: rows with ``probability`` and ``is_fraud`` whose labels came in by the end of the day.
+            frauds: true frauds of the day, which only a replay can know today.
+        """
+        values = stack_values(served)
+        self.results = compare_all(self._references, {name: values[:, i] for name, i in self._columns.items()})
+        known = matured.filter(pl.col("is_fraud").is_not_null())
+        has_fraud = known.height > 0 and int(known["is_fraud"].sum()) > 0
+        report = DayReport(
+            day=day,
+            transactions=served.height,
+            frauds=frauds,
+            alerts=int((served["decision"] == "review").sum()),
+            average_precision=average_precision(known["is_fraud"], known["probability"]) if has_fraud else None,
+            threshold=self._budget.observe(served["probability"].to_numpy()),
+            psi_max=max(result.psi for result in self.results),
+            ks_max=max(result.ks for result in self.results),
+            model_version=str(served["model_version"][-1]),
+        )
+        self.days.append(report)
+        return report
+
+    @property
+    def swaps(self) -> Iterator[dict[str, str]]:
+        """Days on which another version answered at the end than on the day before."""
+        for before, after in zip(self.days, self.days[1:], strict=False):
+            if before.model_version != after.model_version:
+                yield {"at_day": after.day, "from_version": before.model_version, "to_version": after.model_version}
+
+    def plain(self) -> dict[str, object]:
+        """Everything for the run's results."""
+        return {
+            "days": [asdict(report) for report in self.days],
+            "drift_features": [{"feature": r.name, "psi": r.psi, "ks": r.ks} for r in self.results],
+            "swaps": list(self.swaps),
+        }
