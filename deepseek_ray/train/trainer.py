@@ -164,7 +164,10 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
         yield
         return
     inside_job = bool(os.environ.get("RAY_ADDRESS"))
-    own = {} if inside_job else {"include_dashboard": False, "num_cpus": max(num_cpus, os.cpu_count() or 1)}
+    own: dict[str, Any] = {}
+    if not inside_job:
+        cores = max(num_cpus, os.cpu_count() or 1)
+        own = {"include_dashboard": False, "num_cpus": cores, "_node_ip_address": "127.0.0.1"}
     ray.init(address="auto" if inside_job else "local", log_to_driver=False, logging_level="ERROR", **own)
     try:
         yield

@@ -21,6 +21,7 @@ from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.data import batch_engine, source, table
 from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.evidence import Evidence
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.periods import Periods, periods, to_dataset
 from deepseek_ray.data.windows import VectorSpec
@@ -44,7 +45,7 @@ log = get_logger("pipelines.risk.train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, judge, register; the last line says what the gate decided."""
-    parser = argparse.ArgumentParser(prog="deepseek-ray train", description="Train on the transactions of a run.")
+    parser = argparse.ArgumentParser(prog="deepseek-ray train", description=__doc__.partition("\n")[0])
     add_settings(parser)
     config, paths = settings_of(parser.parse_args(argv))
     paths.create()
@@ -57,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_and_register(config: Config, paths: RunPaths, registry: Registry, run: Run) -> VersionInfo:
     """The whole stage; writes results/train.json."""
     start = time.perf_counter()
-    transactions, days = _transactions(config, paths)
+    if not paths.transactions.exists():
+        table.write(source.load(config.data, config.seed), paths.transactions)
+    transactions = table.read(paths.transactions)
+    days = periods(transactions, config.data)
     spec, train, holdout = build_datasets(transactions, days, config, paths)
     log.info("%d rows to train on, %d held out, %d features", len(train), len(holdout), len(spec.names))
     fitted = fit(_dataset_path(paths, "train"), config, paths, feature_service=spec.service, feature_digest=spec.digest)
@@ -68,13 +72,6 @@ def train_and_register(config: Config, paths: RunPaths, registry: Registry, run:
     (paths.results / "train.json").write_text(json.dumps(stage, indent=2), encoding="utf-8")
     _log_run(run, config, stage, yardsticks)
     return _register(registry, run, fitted, holdout, stage, config)
-
-
-def _transactions(config: Config, paths: RunPaths) -> tuple[pl.DataFrame, Periods]:
-    if not paths.transactions.exists():
-        table.write(source.load(config.data, config.seed), paths.transactions)
-    transactions = table.read(paths.transactions)
-    return transactions, periods(transactions, config.data)
 
 
 def build_datasets(
@@ -101,10 +98,9 @@ def _dataset_path(paths: RunPaths, name: str) -> Any:
 
 
 def _facts(config: Config, spec: VectorSpec, train: RiskDataset, holdout: RiskDataset, days: Periods) -> dict[str, Any]:
-    periods_ = {"train": days.train, "holdout": days.holdout}
-    dates = {f"{name}_{side}": str(day) for name, period in periods_.items()
-             for side, day in (("from", period.start), ("to", period.end))}  # fmt: skip
-    return dates | {
+    return {
+        "train_from": str(days.train.start), "train_to": str(days.train.end),
+        "holdout_from": str(days.holdout.start), "holdout_to": str(days.holdout.end),
         "seed": config.seed, "feature_service": spec.service, "feature_digest": spec.digest,
         "git_commit": git_commit(), "num_features": len(spec.names), "rows_train": len(train),
         "rows_holdout": len(holdout), "label_delay_days": config.data.label_delay_days, "data_digest": train.digest,
@@ -137,14 +133,16 @@ def _register(
                       train_start=stage["train_from"], train_end=stage["train_to"])  # fmt: skip
     info = registry.register(fitted.model_dir, run.run_id, InputSchema.of(model.config), lineage, probes=probes)
     champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
-    sides = {one.version: measure(one.load().model, holdout, name=info.name, version=one.version,
-                                  contract=one.schema.contract) for one in (info, champion) if one}  # fmt: skip
-    decision = decide(sides[champion.version] if champion else None, sides[info.version], config.gate)
+    decision = decide(champion and _measured(champion, holdout), _measured(info, holdout), config.gate)
     if decision.promote:
         registry.promote(info.version, decision)
     verdict = "promoted" if decision.promote else f"not promoted: {'; '.join(map(str, decision.failed))}"
     print(f"version {info.version} of {info.name!r} {verdict}")
     return info
+
+
+def _measured(info: VersionInfo, holdout: RiskDataset) -> Evidence:
+    return measure(info.load().model, holdout, name=info.name, version=info.version, contract=info.schema.contract)
 
 
 if __name__ == "__main__":
