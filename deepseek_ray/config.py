@@ -84,7 +84,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(1, ge=1, description="epochs between checkpoints")
     max_failures: int = Field(3, ge=0, description="restarts of the workers before the training gives up")
     validation_fraction: float = Field(
-        0.15, gt=0, lt=1, description="last share of the training days: calibration, early stopping; then trained on too"
+        0.15, gt=0, lt=1, description="last share of the training days: judges and calibrates, then is trained on too"
     )
     ablation: bool = Field(True, description="also train a dense model of equal active size")
 

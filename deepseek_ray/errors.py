@@ -117,7 +117,9 @@ class RequestError(ServingError):
         fix: what the client can do about it.
     """
 
-    def __init__(self, message: str, *, status: int = 422, kind: str = "invalid-request", field: str = "", fix: str = "") -> None:
+    def __init__(
+        self, message: str, *, status: int = 422, kind: str = "invalid-request", field: str = "", fix: str = ""
+    ) -> None:
         super().__init__(message, fix=fix)
         self.status = status
         self.kind = kind

@@ -1,4 +1,4 @@
-"""Named configurations: ``demo`` for two cores and a quarter of an hour, ``debug`` for tests."""
+"""Named configurations: ``demo`` (two cores, a quarter of an hour), ``handbook`` (published data), ``debug`` (tests)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from deepseek_ray.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {"data": {"replay_days": 16, "drift": "new-device"}},
+    "handbook": {"train": {"epochs": 5, "negative_rate": 0.15, "ablation": False}},
     "debug": {  # small enough for tests, large enough that a model beats chance
         "data": {
             "num_customers": 150,

@@ -9,7 +9,7 @@ engine (data/formulas.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -54,6 +54,13 @@ class FeatureTable:
     names: tuple[str, ...]
     service: str
     digest: str
+
+    def take(self, rows: IntArray) -> FeatureTable:
+        """The vectors of some rows, by number, in that order."""
+        parts = {
+            name: getattr(self, name)[rows] for name in ("order_us", "transaction_id", "card_id", "values", "sequence")
+        }
+        return replace(self, **parts)
 
 
 def compute(

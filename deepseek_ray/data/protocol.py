@@ -99,10 +99,10 @@ def _without_known(
 
 
 def knowable(table: pl.DataFrame, rows: NDArray[np.int64], *, delay_days: float) -> NDArray[np.float64]:
-    """1 for each fraud of the published generator that anything known at its time can reveal, else 0. Float64 [len(rows)].
+    """1 for each fraud of the published generator that anything known at its time can reveal, else 0; [len(rows)].
 
-    Scenario 1 shows in the amount and scenario 3 in the card's amounts; scenario 2 (a compromised terminal) only after a
-    fraud of the same 28 days has been labelled. Scoring with this vector gives the ceiling of any model.
+    Scenario 1 shows in the amount and scenario 3 in the card's amounts; scenario 2 (a compromised terminal) only
+    after a fraud of the same 28 days has been labelled. Scoring with this vector gives the ceiling of any model.
     """
     scenario = table["fraud_scenario"].to_numpy()
     seen = (

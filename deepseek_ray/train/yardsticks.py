@@ -26,6 +26,7 @@ _GRID: tuple[dict[str, Any], ...] = (
     {"num_leaves": 63, "min_child_samples": 100, "feature_fraction": 0.3, "lambda_l2": 10.0, "learning_rate": 0.05},
     {"num_leaves": 8, "min_child_samples": 20, "feature_fraction": 0.3, "lambda_l2": 1.0, "learning_rate": 0.05},
 )
+PUBLISHED: dict[str, Any] = {"num_leaves": 31, "min_child_samples": 100, "learning_rate": 0.05, "num_trees": 200}
 _MAX_TREES = 600
 _PATIENCE = 50
 
@@ -102,6 +103,20 @@ def fit_lightgbm(
     final = lgb.train({**base, **setting}, lgb.Dataset(train.features, train.label), num_boost_round=rounds)
     chosen = {**setting, "num_trees": rounds, "validation_average_precision": score}
     return Yardstick("lightgbm", final, chosen)
+
+
+def fit_lightgbm_published(train: RiskDataset, *, seed: int = 0, num_threads: int = 2) -> Yardstick:
+    """LightGBM with the fixed settings that reproduce the published-protocol figures; nothing is tuned.
+
+    Args:
+        train: labelled rows.
+        seed: of sampling.
+        num_threads: cores; the result does not depend on it.
+    """
+    settings = {**_base(seed, num_threads), "bagging_freq": 0, **PUBLISHED}
+    trees = settings.pop("num_trees")
+    model = lgb.train(settings, lgb.Dataset(train.features, train.label), num_boost_round=trees)
+    return Yardstick("lightgbm", model, dict(PUBLISHED))
 
 
 def _base(seed: int, num_threads: int) -> dict[str, Any]:
