@@ -95,7 +95,7 @@ class GateConfig(Section):
     max_average_precision_drop: float = Field(0.0, ge=0, le=1, description="relative")
     max_cp100_drop: float = Field(0.0, ge=0, le=1, description="relative")
     max_calibration_error: float = Field(0.02, gt=0, description="expected calibration error, absolute")
-    max_p99_ms: float = Field(20.0, gt=0, description="one-row scoring time")
+    max_p99_ms: float = Field(20.0, gt=0, description="processor time of scoring one row")
     max_forgetting: float = Field(0.02, ge=0, le=1, description="relative loss of average precision on older patterns")
 
 

@@ -1,4 +1,4 @@
-"""Named configurations: ``demo`` (two cores, a quarter of an hour), ``handbook`` (published data), ``debug`` (tests)."""
+"""Named settings: ``demo`` (two cores, a quarter of an hour), ``handbook`` (published data), ``debug`` (tests)."""
 
 from __future__ import annotations
 
