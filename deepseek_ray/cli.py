@@ -201,5 +201,11 @@ def settings_of(options: argparse.Namespace) -> tuple[Config, RunPaths]:
     return config, resolve_run(options.run)
 
 
+def settings_arguments(options: argparse.Namespace) -> list[str]:
+    """The arguments that give another program the same settings, but not the run folder."""
+    arguments = [f"--preset={options.preset}", *(f"--set={item}" for item in options.overrides)]
+    return arguments + ([f"--config={options.config}"] if options.config else [])
+
+
 if __name__ == "__main__":
     sys.exit(main())

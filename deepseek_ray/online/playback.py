@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,10 +15,12 @@ import numpy as np
 import polars as pl
 
 from deepseek_ray.client import RiskClient
+from deepseek_ray.data.datasets import DAY_US
 from deepseek_ray.data.events import Feedback, Transaction
 from deepseek_ray.errors import DeepseekRayError
 
 FEEDBACK_BATCH = 250
+CHUNKS_A_DAY = 4
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -85,6 +88,37 @@ def to_transactions(table: pl.DataFrame) -> Iterator[Transaction]:
     names = list(Transaction.model_fields)
     for row in table.select(names).iter_rows(named=True):
         yield Transaction(**row)
+
+
+async def play_day(
+    client: RiskClient,
+    rows: pl.DataFrame,
+    start_us: int,
+    labels: Sequence[Label],
+    outcome: Outcome,
+    *,
+    lanes: int,
+    rate_per_s: Callable[[], float],
+    progress: Callable[[int], object] = lambda count: None,
+) -> Sequence[Label]:
+    """Play the day that begins at ``start_us`` in quarters: first the labels due by a quarter's end, then its payments.
+
+    Args:
+        rows: the day's part of a transactions table.
+        labels: by due time.
+
+    Returns:
+        The labels that are due later. For the other arguments see ``send_transactions``.
+    """
+    step = DAY_US // CHUNKS_A_DAY
+    for start in range(start_us, start_us + DAY_US, step):
+        num_due = bisect_left(labels, start + step, key=lambda label: label.due_us)
+        await send_labels(client, labels[:num_due], outcome)
+        labels = labels[num_due:]
+        chunk = rows.filter(pl.col("order_us").is_between(start, start + step, closed="left"))
+        records = list(to_transactions(chunk))
+        await send_transactions(client, records, outcome, lanes=lanes, rate_per_s=rate_per_s, progress=progress)
+    return labels
 
 
 async def send_labels(client: RiskClient, labels: Sequence[Label], outcome: Outcome) -> None:

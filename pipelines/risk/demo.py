@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 
 import polars as pl
 
-from deepseek_ray.cli import add_settings, guarded, settings_of
+from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.data import table
 from deepseek_ray.errors import EnvironmentProblemError
@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.overrides += [f"seed={options.seed}", f"serving.port={_free_port()}"]
     start = time.perf_counter()
     config, paths = _open(options)
-    settings = (f"--preset={options.preset}", *(f"--set={item}" for item in options.overrides))
-    stages = Stages(paths, settings + ((f"--config={options.config}",) if options.config else ()))
+    stages = Stages(paths, tuple(settings_arguments(options)))
     print(f"seed {config.seed}, run {paths.root}")
     _loop(stages, config)
     page = write_report(paths, extra={"wall_s": time.perf_counter() - start, "seed": config.seed})

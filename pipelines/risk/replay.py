@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import polars as pl
 from tqdm import tqdm
 
-from deepseek_ray.cli import add_settings, guarded, settings_of
+from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
 from deepseek_ray.client import RiskClient
 from deepseek_ray.config import Config
 from deepseek_ray.data import table
@@ -26,11 +26,10 @@ from deepseek_ray.data.datasets import DAY_US, RiskDataset
 from deepseek_ray.data.periods import Period, periods
 from deepseek_ray.data.prediction_archive import read_predictions
 from deepseek_ray.errors import DataError
-from deepseek_ray.online.playback import Label, Outcome, late_labels, send_labels, send_transactions, to_transactions
+from deepseek_ray.online.playback import Label, Outcome, late_labels, play_day
 from deepseek_ray.online.watch import Watch
 from deepseek_ray.paths import RunPaths, write_stage
 
-CHUNKS_A_DAY = 4
 LATE_SHARE, LATE_DAYS = 0.02, 2.0
 
 
@@ -42,7 +41,7 @@ class Play:
     paths: RunPaths
     client: RiskClient
     watch: Watch
-    labels: list[Label]
+    labels: Sequence[Label]
     options: argparse.Namespace
     outcome: Outcome = field(default_factory=Outcome)
     update: subprocess.Popen[bytes] | None = None
@@ -109,16 +108,10 @@ async def _days(play: Play, rows: pl.DataFrame, period: Period) -> None:
 
 
 async def _day(play: Play, rows: pl.DataFrame, day: Period, bar: tqdm[None]) -> None:
-    step = DAY_US // CHUNKS_A_DAY
-    outcome = play.steady or play.outcome
-    for start in range(day.start_us, day.start_us + DAY_US, step):
-        due = [label for label in play.labels if label.due_us < start + step]
-        play.labels = play.labels[len(due) :]
-        await send_labels(play.client, due, outcome)
-        chunk = rows.filter(pl.col("order_us").is_between(start, start + step, closed="left"))
-        lanes, progress = play.options.lanes, bar.update
-        records = list(to_transactions(chunk))
-        await send_transactions(play.client, records, outcome, lanes=lanes, rate_per_s=play.rate, progress=progress)
+    outcome, lanes = play.steady or play.outcome, play.options.lanes
+    play.labels = await play_day(
+        play.client, rows, day.start_us, play.labels, outcome, lanes=lanes, rate_per_s=play.rate, progress=bar.update
+    )
 
 
 async def _close_day(play: Play, rows: pl.DataFrame, day: Period) -> None:
@@ -130,12 +123,9 @@ async def _close_day(play: Play, rows: pl.DataFrame, day: Period) -> None:
 
 
 def _start_update(play: Play) -> None:
-    options = play.options
-    settings = [f"--preset={options.preset}", *(f"--set={item}" for item in options.overrides)]
-    settings += [f"--config={options.config}"] if options.config else []
-    command = [sys.executable, "-m", "pipelines.risk.update", f"--run={play.paths.root}", f"--url={options.url}"]
+    command = [sys.executable, "-m", "pipelines.risk.update", f"--run={play.paths.root}", f"--url={play.options.url}"]
     play.failed_before_update = len(play.outcome.failures)
-    play.update = subprocess.Popen([*command, *settings])
+    play.update = subprocess.Popen([*command, *settings_arguments(play.options)])
 
 
 def _finish_update(play: Play) -> None:
