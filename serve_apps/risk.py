@@ -11,12 +11,10 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
-from deepseek_ray.cli import guarded
+from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
-from deepseek_ray.paths import resolve_run
-from deepseek_ray.presets import PRESETS, load_preset
+from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.auth import generate_key, load_key
 from serve_apps import ingress
 
@@ -24,12 +22,12 @@ from serve_apps import ingress
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop; returns the exit status."""
     options = _parser().parse_args(arguments)
-    config = _config(options)
+    config, paths = _settings(options)
     key = _key(config.serving.api_key_env, generate=options.generate_key)
-    run = str(resolve_run(options.run).create().root)
+    run = str(paths.create().root)
     host, port = config.serving.host, config.serving.port or ingress.free_port(config.serving.host)
     ingress.prepare(host, port)
-    _check_champion(run, config)
+    _check_champion(paths, config)
     try:
         ingress.start(build, run, config.model_dump(), key, host=host)
         stop = _stop_signal()
@@ -47,13 +45,12 @@ def build(run: str, settings: dict[str, object], key: str) -> object:
     return open_app(run, settings, key)
 
 
-def _check_champion(run: str, config: Config) -> None:
+def _check_champion(paths: RunPaths, config: Config) -> None:
     """Report a missing registry or champion here, where the message is short, and not from the replica."""
-    from deepseek_ray.paths import RunPaths
     from deepseek_ray.registry import Registry
     from deepseek_ray.serving.champion import champion_version
 
-    champion_version(Registry.open(RunPaths(Path(run)), config.stores, name=config.model_name, create=False))
+    champion_version(Registry.open(paths, config.stores, name=config.model_name, create=False))
 
 
 def _stop_signal() -> threading.Event:
@@ -66,20 +63,16 @@ def _stop_signal() -> threading.Event:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deepseek-ray serve", description="Answer decisions over HTTP.")
-    parser.add_argument("--run", help="run folder (default: runs/latest)")
+    add_settings(parser)
     parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: serving.port)")
-    parser.add_argument("--preset", default="demo", choices=sorted(PRESETS))
-    parser.add_argument("--config", type=Path, metavar="YAML", help="file of settings")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="one setting, repeatable")
     parser.add_argument("--generate-key", action="store_true", help="make an API key and print it")
     return parser
 
 
-def _config(options: argparse.Namespace) -> Config:
-    overrides = list(options.set)
+def _settings(options: argparse.Namespace) -> tuple[Config, RunPaths]:
     if options.port is not None:
-        overrides.append(f"serving.port={options.port}")
-    return load_preset(options.preset, file=options.config, overrides=overrides)
+        options.overrides.append(f"serving.port={options.port}")
+    return settings_of(options)
 
 
 def _key(variable: str, *, generate: bool) -> str:

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek_ray.cli import guarded
+from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.data import source, table
 from deepseek_ray.data.ingest import IngestResult, ingest
 from deepseek_ray.data.mapping import load_mapping
 from deepseek_ray.errors import ConfigError
-from deepseek_ray.paths import RunPaths, resolve_run
-from deepseek_ray.presets import PRESETS, load_preset
+from deepseek_ray.paths import RunPaths
 
 HANDBOOK_VARIABLE = "DEEPSEEK_RAY_HANDBOOK"
 
@@ -28,8 +27,8 @@ HANDBOOK_VARIABLE = "DEEPSEEK_RAY_HANDBOOK"
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, ingest, print what became of the rows."""
     arguments = _parser().parse_args(argv)
-    config = load_preset(arguments.preset, file=arguments.config, overrides=arguments.set)
-    paths = resolve_run(arguments.run).create()
+    config, paths = settings_of(arguments)
+    paths.create()
     if arguments.file is not None:
         _ingest_file(arguments.file, arguments.map, paths, config)
     else:
@@ -73,10 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--data", help=f"folder of handbook-shaped parquet (default: ${HANDBOOK_VARIABLE})")
     what.add_argument("--synthetic", action="store_true", help="use the generator")
     parser.add_argument("--map", type=Path, help="YAML mapping of the file's columns to our fields")
-    parser.add_argument("--run", help="run folder (default: runs/latest)")
-    parser.add_argument("--preset", default="demo", choices=sorted(PRESETS))
-    parser.add_argument("--config", type=Path, help="YAML file of settings")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    add_settings(parser)
     return parser
 
 

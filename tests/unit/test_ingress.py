@@ -37,5 +37,5 @@ def test_serving_without_a_key_stops_before_anything_starts(tmp_path: object) ->
 
 def test_settings_come_from_preset_file_and_command_line() -> None:
     options = risk._parser().parse_args(["--port", "81", "--set", "serving.max_batch_size=3", "--preset", "debug"])
-    config = risk._config(options)
+    config, _ = risk._settings(options)
     assert (config.serving.port, config.serving.max_batch_size) == (81, 3)
