@@ -83,6 +83,14 @@ class LiveFeatures:
             served.append(item)
         return served
 
+    def peek(self, transaction: Transaction) -> Served:
+        """The features of an event that is not remembered.
+
+        Raises:
+            StaleEventError: the event is older than its card's last one.
+        """
+        return self._engine.peek(transaction)
+
     def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
         """Stage a label; one that the card no longer remembers can count in no feature and is only logged."""
         ids = (target.card_id, target.terminal_id, target.device_id)

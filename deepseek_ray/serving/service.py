@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from deepseek_ray.config import Config, ServingConfig
 from deepseek_ray.data import windows
+from deepseek_ray.data.events import Transaction
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
@@ -27,6 +29,15 @@ from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)
+
+REHEARSAL = Transaction(
+    transaction_id="rehearsal",
+    event_time=datetime(2200, 1, 1, tzinfo=UTC),  # stale to no card, should one have the name
+    card_id="rehearsal",
+    terminal_id="rehearsal",
+    device_id="rehearsal",
+    amount_cents=0,
+)
 
 
 class RiskService:
@@ -64,6 +75,7 @@ class RiskService:
         self.features = LiveFeatures(_engine_maker(declaration, contract), store)
         self.recovered = self.features.recover(self.log)
         warm_up(model)
+        self._rehearse()
         live = to_live(info, model, self.log.threshold(info.version))
         skew_us = round(config.max_future_skew_s * 1e6)
         self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us)
@@ -83,6 +95,12 @@ class RiskService:
         self.watcher.close()
         self.batcher.close()
         self.predictor.close()
+
+    def _rehearse(self) -> None:
+        """Go a request's way through log and feature store, leaving nothing behind: the first one does not pay."""
+        self.log.by_transaction([REHEARSAL.transaction_id])
+        self.features.last_event_us([REHEARSAL.card_id])
+        self.features.peek(REHEARSAL)
 
     def _watcher(self, registry: Registry, contract: InputContract, poll_s: float) -> ChampionWatcher:
         return ChampionWatcher(

@@ -180,3 +180,18 @@ def test_the_deferred_store_reads_its_own_writes() -> None:
     assert store.blobs == {}
     deferred.flush()
     assert store.blobs == {"a": b"1"}
+
+
+def test_a_look_at_the_features_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = MemoryStore()
+    service = Service(tmp_path, store)
+    play(service, stream()[:20])
+    before = dict(store.blobs)
+    after = stream()[20]
+    peeked = service.features.peek(after)
+    service.features.keep()
+    service.features.flush()
+    assert store.blobs == before
+    served = service.log.get(service.score([after]).predictions[0].prediction_id)
+    assert served is not None
+    np.testing.assert_array_equal(peeked.values, served.values)
