@@ -62,7 +62,8 @@ def database(history: pl.DataFrame) -> duckdb.DuckDBPyConnection:
     )
     connection.execute(
         f"""update tx set large = s.large from (select t.n,
-        t.amount_cents * count(e.n) > 3 * coalesce(sum(e.amount_cents), 0) as large from tx t left join tx e on e.card_id = t.card_id and e.order_us < t.order_us
+        t.amount_cents * count(e.n) > 3 * coalesce(sum(e.amount_cents), 0) as large
+        from tx t left join tx e on e.card_id = t.card_id and e.order_us < t.order_us
         and e.order_us > t.order_us - {30 * DAY_US} group by t.n, t.amount_cents) s where s.n = tx.n"""
     )
     return connection
