@@ -28,7 +28,7 @@ _GRID: tuple[dict[str, Any], ...] = (
 )
 PUBLISHED: dict[str, Any] = {"num_leaves": 31, "min_child_samples": 100, "learning_rate": 0.05, "num_trees": 200}
 _MAX_TREES = 600
-_PATIENCE = 50
+_PATIENCE = 30
 
 
 @dataclass(frozen=True)
