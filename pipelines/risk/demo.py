@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open(options: argparse.Namespace) -> tuple[Config, RunPaths]:
     options.run = options.run or str(runs_root() / f"{time.strftime('%Y%m%d-%H%M%S')}-risk-seed{options.seed}")
     config, paths = settings_of(options)
+    if paths.prediction_log.exists():  # repeated payments get their first answers again: no figure would be true
+        raise EnvironmentProblemError(
+            f"The run {str(paths.root)!r} has been served already.", fix="give a new folder with --run"
+        )
     return config, paths.create()
 
 

@@ -101,6 +101,17 @@ def test_an_interrupted_demo_finishes_when_it_is_started_again(demo: Demo) -> No
     assert demo.paths.report_html.stat().st_size > 10_000
 
 
+def test_a_run_that_has_been_served_is_left_as_it_is(demo: Demo) -> None:
+    before = demo.paths.report_json.read_bytes()
+    command = [sys.executable, "-m", "pipelines.risk.demo", *SETTINGS, "--run", str(demo.paths.root)]
+    again = subprocess.run(
+        command, cwd=ROOT, env=demo.environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert again.returncode == 2
+    assert "has been served already. Fix: give a new folder with --run" in again.stderr
+    assert demo.paths.report_json.read_bytes() == before
+
+
 def test_the_report_holds_every_figure_the_loop_is_judged_by(demo: Demo) -> None:
     flat = json.loads(demo.paths.report_json.read_text(encoding="utf-8"))
     assert {key for key in BOUND_KEYS if not isinstance(flat.get(key), int | float)} == set()

@@ -26,6 +26,7 @@ BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 180
 JOB_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
+KEY = "a-key-for-the-jobs"
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S + JOB_TIMEOUT_S)
 
@@ -40,7 +41,7 @@ class Cluster:
 
     def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the repository as a job and wait for its end."""
-        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs)}})
+        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs), "DEEPSEEK_RAY_API_KEY": KEY}})
         line = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--runtime-env-json", runtime]
         return subprocess.run(
             [*line, "--working-dir", ".", "--", *command],
@@ -135,12 +136,48 @@ def test_only_the_programs_travel(cluster: Cluster) -> None:
         assert name not in line
 
 
+SETTINGS = ["--preset", "debug"]
+for setting in (
+    "train.num_workers=1", "data.label_delay_days=1", "data.drift=new-device", "update.min_labels=20",
+    # what is tested is that the update runs and is swapped in, not that so small a model wins
+    "gate.max_average_precision_drop=1", "gate.max_cp100_drop=1", "gate.max_forgetting=1",
+):  # fmt: skip
+    SETTINGS += ["--set", setting]
+
+
+@contextlib.contextmanager
+def service(run: Path) -> Iterator[str]:
+    """Serve the run on this machine, outside the cluster, while the block runs; gives the address."""
+    url = f"http://127.0.0.1:{(port := free_ports(1)[0])}"
+    command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run), "--port", str(port), *SETTINGS]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"DEEPSEEK_RAY_API_KEY": KEY}) as server:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while time.monotonic() < deadline and server.poll() is None:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=5):
+                    break
+                time.sleep(0.2)
+            yield url
+        finally:
+            server.terminate()
+
+
 def test_the_loop_runs_as_jobs(cluster: Cluster) -> None:
     run = cluster.runs / "job"
-    for verb, *source in (("ingest", "--synthetic"), ("train",)):
-        command = ("python", "-m", f"pipelines.risk.{verb}", *source)
-        done = cluster.submit(*command, "--preset", "debug", "--run", str(run), "--set", "train.num_workers=1")
+
+    def job(verb: str, *arguments: str) -> None:
+        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", *arguments, "--run", str(run), *SETTINGS)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout
+
+    job("ingest", "--synthetic")
+    job("train")
     assert (run / "transactions.parquet").is_file()
     assert (run / "mlflow.db").is_file()
+    job("warm")
+    with service(run) as url:
+        job("replay", "--url", url)
+        job("update", "--url", url)
+    replay, update = (json.loads((run / "results" / f"{stage}.json").read_text()) for stage in ("replay", "update"))
+    assert (replay["failed"], replay["requests"]) == (0, replay["transactions"])
+    assert update["promoted"]
