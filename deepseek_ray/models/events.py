@@ -23,8 +23,10 @@ _MAX_SAMPLE = 60_000
 class FeatureAdapter(nn.Module):
     """Piecewise-linear encoding of numeric features (Gorishniy et al. 2022, arXiv:2203.05556).
 
-    Each feature is cut into Q bins; bin q of value x holds ((x - left) / width) clamped to [0, 1]. A linear layer over
-    the code is then a sum of piecewise-linear curves, one a feature. Widths of zero (fewer than Q bins) encode as 0.
+    Each feature is cut into bins; bin q of value x holds ((x - left) / width) clamped to [0, 1]. A linear layer over
+    the code is then a sum of piecewise-linear curves, one a feature. Up to a quarter of the Q bins are steps: they rise
+    between two neighbouring values where a tree splits the label best, because a ramp as wide as a quantile cannot
+    follow a rule such as "above 220". Widths of zero (fewer than Q bins) encode as 0.
     """
 
     left_FQ: Tensor
@@ -54,14 +56,15 @@ class FeatureAdapter(nn.Module):
         target = None if label_B is None else label_B[rows]
         for index in range(x_BF.shape[1]):
             values = x_BF[rows, index].astype(np.float64)
-            edges = _bin_edges(values, target, num_bins)
+            steps = _steps(values, target, num_bins // 2)
+            edges = _bin_edges(values, target, num_bins - len(steps))
             # PLE of float32 values against float32 edges: what is fitted is what is stored.
-            edge = torch.from_numpy(edges).to(self.left_FQ)
-            used = len(edges) - 1
-            self.left_FQ[index] = edge[0]
+            left = torch.from_numpy(np.concatenate([edges[:-1], steps[:, 0]])).to(self.left_FQ)
+            right = torch.from_numpy(np.concatenate([edges[1:], steps[:, 1]])).to(self.left_FQ)
+            self.left_FQ[index] = left[0]
             self.inverse_width_FQ[index] = 0.0
-            self.left_FQ[index, :used] = edge[:-1]
-            self.inverse_width_FQ[index, :used] = 1.0 / (edge[1:] - edge[:-1])
+            self.left_FQ[index, : len(left)] = left
+            self.inverse_width_FQ[index, : len(left)] = 1.0 / (right - left)
             self.median_F[index] = float(np.median(values))
 
     def forward(self, x_BF: Tensor) -> Tensor:
@@ -132,12 +135,21 @@ def _bin_edges(values: NDArray[np.float64], label: NDArray[np.int8] | None, num_
     return edges[apart] if apart.sum() > 1 else np.array([low, high])
 
 
+def _steps(values: NDArray[np.float64], label: NDArray[np.int8] | None, most: int) -> NDArray[np.float64]:
+    """[S, 2] neighbouring values around the best splits of the label, S <= most."""
+    distinct = np.unique(values).astype(np.float32).astype(np.float64)
+    splits = _tree_splits(values, label, most + 1)
+    above = np.searchsorted(distinct, splits, side="right")
+    pairs = np.stack([distinct[above - 1], distinct[np.minimum(above, len(distinct) - 1)]], axis=1)
+    return pairs[pairs[:, 1] - pairs[:, 0] > 1e-9 * max(1.0, float(np.abs(distinct).max()))]
+
+
 def _tree_splits(values: NDArray[np.float64], label: NDArray[np.int8] | None, num_leaves: int) -> NDArray[np.float64]:
     if label is None or num_leaves < 2 or label.min() == label.max():
         return np.empty(0)
     from sklearn.tree import DecisionTreeClassifier  # only fitting needs it, scoring does not
 
-    leaf = max(8, len(values) // 1000)
+    leaf = max(8, len(values) // 2000)
     tree = DecisionTreeClassifier(max_leaf_nodes=num_leaves, min_samples_leaf=leaf, random_state=0)
     tree.fit(values[:, None], label)
     threshold: NDArray[np.float64] = tree.tree_.threshold[tree.tree_.feature >= 0]

@@ -104,6 +104,12 @@ class Probes:
     sequence: Floats
     expected: Floats
 
+    @classmethod
+    def of(cls, model: Scorer, features: npt.NDArray[Any], sequence: npt.NDArray[Any], num_rows: int = 8) -> Probes:
+        """The first rows of a dataset with what the model gives for them."""
+        x, s = features[:num_rows].astype(np.float64), sequence[:num_rows].astype(np.float64)
+        return cls(features=x, sequence=s, expected=model.predict_proba(x, s))
+
 
 @dataclass(frozen=True, eq=False)
 class Package:

@@ -6,14 +6,12 @@ python -m pipelines.risk.train --run runs/mine --set train.epochs=8
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from deepseek_ray import models
@@ -28,17 +26,18 @@ from deepseek_ray.data.windows import VectorSpec
 from deepseek_ray.logs import get_logger
 from deepseek_ray.online.gate import decide
 from deepseek_ray.online.measure import measure
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.online.threshold import budget_threshold
+from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry.package import InputSchema, Probes
 from deepseek_ray.registry.tracking import Run, git_commit
 from deepseek_ray.registry.versions import CHAMPION, Lineage, Registry, VersionInfo
 from deepseek_ray.report.charts import CHARTS
 from deepseek_ray.report.results import Results, Train
+from deepseek_ray.serving.champion import THRESHOLD_TAG
 from deepseek_ray.train.evaluation import judge
 from deepseek_ray.train.trainer import FitResult, fit
 from deepseek_ray.train.yardsticks import Yardstick, fit_lightgbm, fit_logistic
 
-NUM_PROBES = 8
 CURVES = ("pr", "roc", "calibration", "experts", "loss", "importance")
 log = get_logger("pipelines.risk.train")
 
@@ -64,12 +63,13 @@ def train_and_register(config: Config, paths: RunPaths, registry: Registry, run:
     days = periods(transactions, config.data)
     spec, train, holdout = build_datasets(transactions, days, config, paths)
     log.info("%d rows to train on, %d held out, %d features", len(train), len(holdout), len(spec.names))
-    fitted = fit(_dataset_path(paths, "train"), config, paths, feature_service=spec.service, feature_digest=spec.digest)
+    fitted = fit(
+        paths.datasets / "train.safetensors", config, paths, feature_service=spec.service, feature_digest=spec.digest
+    )
     yardsticks = [fit_logistic(train, seed=config.seed), fit_lightgbm(train, seed=config.seed)]
     stage = judge(fitted, yardsticks, holdout) | _facts(config, spec, train, holdout, days)
     stage |= {"wall_s": time.perf_counter() - start, "mlflow_run_id": run.run_id, "tracking_uri": registry.tracking.uri}
-    paths.results.mkdir(exist_ok=True)
-    (paths.results / "train.json").write_text(json.dumps(stage, indent=2), encoding="utf-8")
+    write_stage(paths, "train", stage)
     _log_run(run, config, stage, yardsticks)
     return _register(registry, run, fitted, holdout, stage, config)
 
@@ -89,12 +89,8 @@ def build_datasets(
     for name, period in (("train", days.train), ("holdout", days.holdout)):
         vectors = client.historical(period.filter(known).select("card_id", "order_us"), spec.service)
         made.append(to_dataset(vectors, known).labelled())
-        made[-1].save(_dataset_path(paths, name))
+        made[-1].save(paths.datasets / f"{name}.safetensors")
     return spec, made[0], made[1]
-
-
-def _dataset_path(paths: RunPaths, name: str) -> Any:
-    return paths.root / "datasets" / f"{name}.safetensors"
 
 
 def _facts(config: Config, spec: VectorSpec, train: RiskDataset, holdout: RiskDataset, days: Periods) -> dict[str, Any]:
@@ -127,11 +123,13 @@ def _register(
     registry: Registry, run: Run, fitted: FitResult, holdout: RiskDataset, stage: dict[str, Any], config: Config
 ) -> VersionInfo:
     model = models.load(fitted.model_dir)
-    features, sequence = (part[:NUM_PROBES].astype(np.float64) for part in (holdout.features, holdout.sequence))
-    probes = Probes(features=features, sequence=sequence, expected=model.predict_proba(features, sequence))
+    probes = Probes.of(model, holdout.features, holdout.sequence)
     lineage = Lineage(data_digest=stage["data_digest"], git_commit=stage["git_commit"],
                       train_start=stage["train_from"], train_end=stage["train_to"])  # fmt: skip
-    info = registry.register(fitted.model_dir, run.run_id, InputSchema.of(model.config), lineage, probes=probes)
+    scores = model.predict_proba(holdout.features, holdout.sequence)
+    tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
+    schema = InputSchema.of(model.config)
+    info = registry.register(fitted.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
     champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
     decision = decide(champion and _measured(champion, holdout), _measured(info, holdout), config.gate)
     if decision.promote:
@@ -142,7 +140,8 @@ def _register(
 
 
 def _measured(info: VersionInfo, holdout: RiskDataset) -> Evidence:
-    return measure(info.load().model, holdout, name=info.name, version=info.version, contract=info.schema.contract)
+    side = {"name": info.name, "version": info.version, "contract": info.schema.contract}
+    return measure(info.load().model, holdout, old=holdout, **side)  # a retrain knows no older days than these
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Probes, Regist
 from deepseek_ray.serving.champion import THRESHOLD_TAG
 
 SWAP_TIMEOUT_S = 60.0
-NUM_PROBES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +94,7 @@ def _register(
     registry: Registry, run: Run, made: UpdateResult, new: RiskDataset, held_out: RiskDataset, config: Config
 ) -> VersionInfo:
     model = models.load(made.model_dir)
-    features, sequence = held_out.features[:NUM_PROBES].astype(float), held_out.sequence[:NUM_PROBES].astype(float)
-    probes = Probes(features=features, sequence=sequence, expected=model.predict_proba(features, sequence))
+    probes = Probes.of(model, held_out.features, held_out.sequence)
     scores = model.predict_proba(held_out.features, held_out.sequence)
     tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
     days = [str(np.datetime64(int(day), "D")) for day in (new.day.min(), new.day.max())]
