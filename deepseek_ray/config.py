@@ -70,14 +70,14 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Optimisation and its spread over workers."""
 
-    epochs: int = Field(6, ge=1)
-    batch_size: int = Field(1024, ge=1, description="samples a step over all workers")
+    epochs: int = Field(5, ge=1)
+    batch_size: int = Field(512, ge=1, description="samples a step over all workers")
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     negative_rate: float = Field(
-        0.25, gt=0, le=1, description="share of genuine rows kept an epoch; logits are corrected"
+        1.0, gt=0, le=1, description="share of genuine rows kept an epoch; logits are corrected"
     )
     num_workers: int = Field(2, ge=0, description="Ray Train workers; 0 runs in this process")
     threads_per_worker: int = Field(1, ge=1)

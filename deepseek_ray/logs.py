@@ -12,8 +12,9 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
     "FEAST_USAGE": "False",
+    "OMP_WAIT_POLICY": "passive",  # threads that spin at a barrier starve each other when cores are shared
 }
-"""Set before mlflow, ray or feast are imported, and passed on in every runtime_env: none may phone home."""
+"""Set before mlflow, ray or feast are imported, and passed on in every runtime_env: none may phone home or spin."""
 
 
 def silence_telemetry() -> None:
