@@ -55,7 +55,7 @@ class ModelConfig(Section):
     top_k: int = Field(2, ge=1)
     d_expert: int = Field(64, ge=8)
     num_bins: int = Field(16, ge=2, description="piecewise-linear bins a numeric feature")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
     router_bias_rate: float = Field(2e-2, ge=0, description="step of aux-loss-free load balancing")
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Optimisation and its spread over workers."""
 
-    epochs: int = Field(5, ge=1)
+    epochs: int = Field(4, ge=1)
     batch_size: int = Field(512, ge=1, description="samples a step over all workers")
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -102,9 +102,9 @@ class GateConfig(Section):
 class UpdateConfig(Section):
     """Incremental update of the champion."""
 
-    replay_fraction: float = Field(0.5, ge=0, lt=1, description="share of old rows in each batch")
-    epochs: int = Field(4, ge=1)
-    lr: float = Field(5e-4, gt=0)
+    replay_fraction: float = Field(0.9, ge=0, lt=1, description="share of old rows in each batch")
+    epochs: int = Field(3, ge=1)
+    lr: float = Field(1e-3, gt=0)
     min_labels: int = Field(50, ge=1)
     holdout_fraction: float = Field(0.25, gt=0, lt=1, description="newest labelled days; they judge and do not train")
     memory_rows: int = Field(30_000, ge=1, description="rows of each class kept for replay")

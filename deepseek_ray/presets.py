@@ -11,7 +11,10 @@ from deepseek_ray.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {"data": {"replay_days": 16, "drift": "new-device"}},
-    "handbook": {"train": {"epochs": 5, "batch_size": 1024, "negative_rate": 0.15, "ablation": False}},
+    "handbook": {
+        "model": {"dropout": 0.1},
+        "train": {"epochs": 5, "batch_size": 1024, "negative_rate": 0.15, "ablation": False},
+    },
     "debug": {  # small enough for tests, large enough that a model beats chance
         "data": {
             "num_customers": 150,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.datasets import DAY_US, RiskDataset
 from deepseek_ray.data.periods import card_numbers
 from deepseek_ray.data.prediction_archive import read_predictions, stack_sequences, stack_values
 from deepseek_ray.data.table import delay_us
@@ -16,7 +16,7 @@ from deepseek_ray.paths import RunPaths
 def matured_rows(
     paths: RunPaths, columns: tuple[str, ...], feature_digest: str, label_delay_days: float
 ) -> RiskDataset:
-    """Decisions old enough for their label: with it, or as genuine where none came within the delay.
+    """Decisions of whole days old enough for their label: with it, or as genuine where none came within the delay.
 
     Args:
         paths: the run with the log.
@@ -29,7 +29,8 @@ def matured_rows(
     """
     logged = read_predictions(paths).filter(pl.col("feature_digest") == feature_digest)
     newest = int(logged["order_us"].max() or 0)  # type: ignore[arg-type]
-    rows = logged.filter(pl.col("order_us") <= newest - delay_us(label_delay_days)).sort("order_us")
+    end_us = (newest - delay_us(label_delay_days)) // DAY_US * DAY_US  # a day cut short would judge on a few rows
+    rows = logged.filter(pl.col("order_us") < end_us).sort("order_us")
     if not rows.height:
         raise DataError(
             f"None of {logged.height} logged decisions is {label_delay_days:g} days old.", fix="wait for their labels"
