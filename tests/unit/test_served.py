@@ -37,23 +37,23 @@ def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path)
 
 
-def test_only_decisions_older_than_the_delay_train(paths: RunPaths) -> None:
+def test_only_whole_days_older_than_the_delay_train(paths: RunPaths) -> None:
     rows = matured_rows(paths, COLUMNS, DIGEST, label_delay_days=3.0)
-    assert (rows.order_us / DAY_US).tolist() == [0.0, 1.0, 2.5, 5.0]  # day 5 is exactly three days old
-    assert rows.label.tolist() == [1, 0, 0, 0]  # no label in time means genuine
-    assert rows.amount_cents.tolist() == [100, 200, 300, 400]
-    assert rows.day.tolist() == [0, 1, 2, 5]
+    assert (rows.order_us / DAY_US).tolist() == [0.0, 1.0, 2.5]  # of day 5 only the first moment is three days old
+    assert rows.label.tolist() == [1, 0, 0]  # no label in time means genuine
+    assert rows.amount_cents.tolist() == [100, 200, 300]
+    assert rows.day.tolist() == [0, 1, 2]
 
 
 def test_vectors_are_the_served_ones(paths: RunPaths) -> None:
     rows = matured_rows(paths, COLUMNS, DIGEST, label_delay_days=3.0)
-    np.testing.assert_array_equal(rows.features, np.array([[1, 1.1], [1, 2.1], [1, 3.1], [1, 4.1]], np.float32))
-    assert rows.sequence.shape == (4, 2, 6)
+    np.testing.assert_array_equal(rows.features, np.array([[1, 1.1], [1, 2.1], [1, 3.1]], np.float32))
+    assert rows.sequence.shape == (3, 2, 6)
     assert rows.feature_names == COLUMNS
 
 
 def test_cards_have_the_numbers_of_every_other_dataset(paths: RunPaths) -> None:
-    logged = read_predictions(paths)
+    logged = read_predictions(paths).head(4)  # the last decision's day is not over
     rows = matured_rows(paths, COLUMNS, DIGEST, label_delay_days=0.0)
     assert rows.card.tolist() == card_numbers(logged["card_id"]).tolist()
 
@@ -66,9 +66,9 @@ def test_compacted_rows_read_the_same(paths: RunPaths) -> None:
 
 def test_another_vector_is_left_out(paths: RunPaths) -> None:
     log = PredictionLog(paths.prediction_log)
-    log.commit([at_day(6, 2.0, feature_digest="other", values=np.zeros(9))])
+    log.commit([at_day(number, day, feature_digest="other", values=np.zeros(9)) for number, day in ((6, 2.0), (7, 3.0))])
     log.close()
-    assert len(matured_rows(paths, COLUMNS, DIGEST, label_delay_days=3.0)) == 4
+    assert len(matured_rows(paths, COLUMNS, DIGEST, label_delay_days=3.0)) == 3
     assert len(matured_rows(paths, tuple("abcdefghi"), "other", label_delay_days=0.0)) == 1
 
 
