@@ -66,7 +66,9 @@ def test_compacted_rows_read_the_same(paths: RunPaths) -> None:
 
 def test_another_vector_is_left_out(paths: RunPaths) -> None:
     log = PredictionLog(paths.prediction_log)
-    log.commit([at_day(number, day, feature_digest="other", values=np.zeros(9)) for number, day in ((6, 2.0), (7, 3.0))])
+    log.commit(
+        [at_day(number, day, feature_digest="other", values=np.zeros(9)) for number, day in ((6, 2.0), (7, 3.0))]
+    )
     log.close()
     assert len(matured_rows(paths, COLUMNS, DIGEST, label_delay_days=3.0)) == 3
     assert len(matured_rows(paths, tuple("abcdefghi"), "other", label_delay_days=0.0)) == 1
