@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def mark_latest(paths: RunPaths) -> None:
     os.replace(fresh, link)
 
 
-def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any]) -> Path:
+def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any] | Sequence[Any]) -> Path:
     """Write one stage's results for the report, whole or not at all; NaN and infinity become null."""
     paths.results.mkdir(parents=True, exist_ok=True)
     target = paths.results / f"{stage}.json"

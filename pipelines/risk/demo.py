@@ -8,7 +8,6 @@ Every stage is the program that a user would start; its command is printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import signal
@@ -90,6 +89,7 @@ def _open(options: argparse.Namespace) -> tuple[Config, RunPaths]:
 def _loop(stages: Stages, config: Config) -> None:
     update_after = config.data.replay_days - DAYS_AFTER_UPDATE
     os.environ.setdefault(config.serving.api_key_env, secrets.token_urlsafe(24))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")  # libraries' own, between the progress bars
     stages.run("pipelines.risk.ingest", "--synthetic")
     write_stage(stages.paths, "data", _describe(stages.paths, config))
     stages.run("pipelines.risk.train")
@@ -98,8 +98,7 @@ def _loop(stages: Stages, config: Config) -> None:
         stages.run("pipelines.risk.replay", f"--url={url}", f"--update-after={update_after}", "--steady-rate=50")
     stages.run("pipelines.risk.review")
     registry = Registry.open(stages.paths, config.stores, name=config.model_name, create=False)
-    target = stages.paths.results / "history.json"
-    target.write_text(json.dumps([asdict(entry) for entry in registry.history()], default=str), encoding="utf-8")
+    write_stage(stages.paths, "history", [asdict(entry) for entry in registry.history()])
 
 
 @contextmanager
