@@ -15,6 +15,10 @@ from deepseek_ray.online.drift import DriftResult, Reference, compare_all
 from deepseek_ray.online.threshold import AlertBudget
 
 
+CALENDAR = ("weekday_", "weekend")
+"""Features that are constant within a day: against many days they would always seem to have moved."""
+
+
 @dataclass(frozen=True)
 class DayReport:
     """One served day.
@@ -48,8 +52,9 @@ class Watch:
 
     def __init__(self, reference: RiskDataset, *, alert_rate: float, threshold: float) -> None:
         spread = reference.features.std(axis=0)
-        varying = np.flatnonzero(spread > 0)
-        self._columns = {reference.feature_names[index]: int(index) for index in varying}
+        varying = [index for index, name in enumerate(reference.feature_names) if spread[index] > 0]
+        names = {reference.feature_names[index]: index for index in varying}
+        self._columns = {name: index for name, index in names.items() if not name.startswith(CALENDAR)}
         self._references = [Reference.fit(name, reference.features[:, i]) for name, i in self._columns.items()]
         self._budget = AlertBudget(alert_rate, threshold)
         self.results: list[DriftResult] = []
