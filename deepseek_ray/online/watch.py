@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import polars as pl
 
 from deepseek_ray.data.datasets import RiskDataset
@@ -13,7 +12,6 @@ from deepseek_ray.data.prediction_archive import stack_values
 from deepseek_ray.metrics import average_precision
 from deepseek_ray.online.drift import DriftResult, Reference, compare_all
 from deepseek_ray.online.threshold import AlertBudget
-
 
 CALENDAR = ("weekday_", "weekend")
 """Features that are constant within a day: against many days they would always seem to have moved."""
