@@ -10,7 +10,7 @@ from typing import Any
 SPACE: dict[str, dict[str, Any]] = {
     "train.lr": {"loguniform": [5e-4, 8e-3]},
     "train.weight_decay": {"loguniform": [1e-5, 1e-1]},
-    "train.negative_rate": {"choice": [0.15, 0.25, 0.5]},
+    "train.negative_rate": {"choice": [0.25, 0.5, 1.0]},
     "train.batch_size": {"choice": [512, 1024, 2048]},
     "model.d_model": {"choice": [32, 64, 96]},
     "model.num_layers": {"choice": [1, 2, 3]},
