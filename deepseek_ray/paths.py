@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_ray.errors import EnvironmentProblemError
+
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,14 @@ class RunPaths:
         return self.root / "report.json"
 
     def create(self) -> RunPaths:
-        """Make the folder and check that it can be written.
+        """Make the folder and check that it can be written; ``runs/latest`` becomes a link to a new run.
 
         Raises:
             EnvironmentProblemError: the disk is read-only or full.
         """
         try:
+            if self.root == runs_root().resolve() / LATEST and not self.root.exists():
+                mark_latest(RunPaths(runs_root() / f"{time.strftime('%Y%m%d-%H%M%S')}-run").create())
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".write-probe"
             probe.write_bytes(b"x")
@@ -117,13 +122,13 @@ def runs_root() -> Path:
 
 def resolve_run(run: str | Path | None) -> RunPaths:
     """The run named by the argument, else DEEPSEEK_RAY_RUN, else runs/latest."""
-    chosen = run or os.environ.get("DEEPSEEK_RAY_RUN") or runs_root() / "latest"
+    chosen = run or os.environ.get("DEEPSEEK_RAY_RUN") or runs_root() / LATEST
     return RunPaths(Path(chosen).resolve())
 
 
 def mark_latest(paths: RunPaths) -> None:
     """Point runs/latest at the run, atomically."""
-    link = runs_root() / "latest"
+    link = runs_root() / LATEST
     link.parent.mkdir(parents=True, exist_ok=True)
     fresh = link.with_name(f".latest-{os.getpid()}")
     fresh.unlink(missing_ok=True)

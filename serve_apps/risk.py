@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     config, paths = _settings(options)
     key = _key(config.serving.api_key_env, generate=options.generate_key)
-    run = str(paths.create().root)
     host, port = config.serving.host, config.serving.port or ingress.free_port(config.serving.host)
     ingress.prepare(host, port)
     _check_champion(paths, config)
+    run = str(paths.create().root)
     try:
         ingress.start(build, run, config.model_dump(), key, host=host)
         stop = _stop_signal()

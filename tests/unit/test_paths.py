@@ -18,6 +18,15 @@ def test_latest_moves_to_the_newest_run(tmp_path: Path) -> None:
     assert sorted(path.name for path in runs_root().iterdir()) == ["a", "b", "latest"]
 
 
+def test_a_first_run_without_a_name_does_not_take_the_place_of_the_link(tmp_path: Path) -> None:
+    unnamed = resolve_run(None).create()
+    assert (runs_root() / "latest").is_symlink()
+    (unnamed.root / "file").write_text("kept")
+    assert (resolve_run(None).create().root / "file").read_text() == "kept"
+    mark_latest(RunPaths(runs_root() / "next").create())
+    assert resolve_run(None).root == (runs_root() / "next").resolve()
+
+
 def test_the_argument_beats_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_RAY_RUN", str(tmp_path / "named"))
     assert resolve_run(None).root == tmp_path / "named"
