@@ -125,7 +125,7 @@ class FeatureClient:
         """The point-in-time join: for each (card_id, order_us) the card's newest vector at or before that order.
 
         The same rows as Feast's ``get_historical_features``, by a Polars as-of join. A vector contains the event it is
-        stamped with: ask at ``order_us`` for the vector of that event.
+        stamped with: ask at ``order_us`` for the vector of that event. Of vectors written twice the last one counts.
 
         Args:
             entities: columns ``card_id`` and ``order_us``.
@@ -135,7 +135,8 @@ class FeatureClient:
             FeatureError: nothing is stored, or some card has no vector at or before its order.
         """
         stored = self._stored(service)
-        keys = stored.select("card_id", "order_us").with_row_index("place").sort("order_us")
+        keys = stored.select("card_id", "order_us").with_row_index("place").sort("order_us", maintain_order=True)
+        keys = keys.unique(["card_id", "order_us"], keep="last", maintain_order=True)
         wanted = entities.select("card_id", "order_us").with_row_index("row").sort("order_us")
         joined = wanted.join_asof(keys, on="order_us", by="card_id", check_sortedness=False).sort("row")
         lost = joined.filter(pl.col("place").is_null())

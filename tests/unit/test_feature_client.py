@@ -114,6 +114,16 @@ def test_several_writers_append_offline_without_loss(client: FeatureClient) -> N
     np.testing.assert_array_equal(client.historical(history, SPEC.service).values, table.values)
 
 
+def test_vectors_written_again_replace_the_former_ones(client: FeatureClient) -> None:
+    history = world(60, seed=7)
+    for delay, length in ((7, 1), (1, 3)):  # other settings for the same events
+        table = batch_engine.compute(history, SPEC, label_delay_days=delay, sequence_len=length)
+        client.write_offline(table)
+    back = client.historical(history, SPEC.service)
+    np.testing.assert_array_equal(back.values, table.values)
+    np.testing.assert_array_equal(back.sequence, table.sequence)
+
+
 def test_a_run_that_was_not_applied_says_so(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="apply"):
         FeatureClient(RunPaths(tmp_path)).services()
