@@ -19,8 +19,8 @@ from typing import TypeVar
 import numpy as np
 
 from deepseek_ray.data.events import Feedback, Prediction, Reason, Transaction, to_us
-from deepseek_ray.data.prediction_log import LoggedFeedback, LoggedPrediction, PredictionLog
-from deepseek_ray.errors import DeepseekRayError, RequestError, StaleEventError
+from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, LoggedPrediction, PredictionLog
+from deepseek_ray.errors import DeepseekRayError, FeatureError, RequestError, StaleEventError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.serving.admission import Plan, admit, is_new_label, label_target
 from deepseek_ray.serving.commands import (
@@ -135,6 +135,8 @@ class Predictor:
             rows = self._decide(plan, live) if plan.fresh else {}
         except Exception as error:
             self._state.discard()
+            if isinstance(error, FeatureError) and len(commands) > 1:  # one card's broken state fails its own request
+                return [outcome for command in commands for outcome in self._score([command])]
             return [error] * len(commands)
         return [plan.refused.get(i) or _answer(command, plan, rows) for i, command in enumerate(commands)]
 
@@ -220,14 +222,21 @@ class Predictor:
                 fresh[item.prediction_id] = item
         rows = [self._feedback_row(item) for item in fresh.values()]
         if rows:
-            _, last = self._log.commit(feedback=rows)
-            self._written = (self._written[0], last)
-            for row in rows:
-                self._state.apply_label(targets[row.prediction_id], row.is_fraud, row.known_us)
-            self._state.keep()
+            self._take_labels(rows, targets)
         for label in fresh.values():
             self._monitor.feedback.labels(str(label.is_fraud).lower(), "accepted").inc()
         return FeedbackResult(len(rows), len(command.feedback) - len(rows))
+
+    def _take_labels(self, rows: Sequence[LoggedFeedback], targets: Mapping[str, LabelTarget]) -> None:
+        try:
+            for row in rows:
+                self._state.apply_label(targets[row.prediction_id], row.is_fraud, row.known_us)
+            _, last = self._log.commit(feedback=rows)
+        except Exception:
+            self._state.discard()
+            raise
+        self._state.keep()
+        self._written = (self._written[0], last)
 
     def _set_threshold(self, command: ThresholdCommand) -> LiveModel:
         with self._swapping:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_ray.data.events import Feedback, to_us
-from deepseek_ray.errors import RequestError
+from deepseek_ray.data.events import Feedback, Transaction, to_us
+from deepseek_ray.errors import FeatureError, RequestError
 from deepseek_ray.serving.commands import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
 from tests.unit.serving_parts import NOW, FakeScorer, Rig, event, live_model, rig
 
@@ -166,3 +166,37 @@ def test_state_reaches_its_store_after_the_log_and_survives_a_store_outage(tmp_p
         assert made.state.flushed == {"c1": 2}
         scored(made, event(3))
         assert made.log.applied == (2, 0)
+
+
+def test_a_label_that_the_state_refuses_is_in_neither_state_nor_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OSError("store is away")
+
+    with rig(tmp_path) as made:
+        answer = scored(made, event(1)).predictions[0]
+        command = FeedbackCommand([feedback(answer.prediction_id)])
+        with monkeypatch.context() as patch:
+            patch.setattr(made.state, "apply_label", away)
+            assert isinstance(made.predictor.run([command])[0], OSError)
+        assert made.predictor.run([command]) == [FeedbackResult(1, 0)]
+        assert len(made.state.labels) == 1
+
+
+def test_a_broken_state_fails_the_requests_of_its_card_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rig(tmp_path) as made:
+        observe = made.state._observe
+
+        def broken(item: Transaction) -> object:
+            if item.card_id == "c2":
+                raise FeatureError("The feature state is corrupted.")
+            return observe(item)
+
+        monkeypatch.setattr(made.state, "_observe", broken)
+        commands = [ScoreCommand([event(number, card=f"c{number}")]) for number in (1, 2, 3)]
+        first, second, third = made.predictor.run(commands)
+        assert isinstance(first, ScoreResult)
+        assert isinstance(second, FeatureError)
+        assert isinstance(third, ScoreResult)
+        assert made.state.counts == {"c1": 1, "c3": 1}
