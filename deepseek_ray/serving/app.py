@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_ray.errors import DeepseekRayError, RequestError, ServingError
+from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError, ServingError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.serving import openapi, problem, wire
 from deepseek_ray.serving.auth import ApiKey
@@ -161,6 +162,9 @@ class RiskApp:
 
     async def _readyz(self, scope: Scope, receive: Receive) -> Response:
         if not self._service.healthy():
+            # a balancer that hears 503 sends no traffic, and only a batch makes the worker write again
+            with suppress(OverloadedError):
+                await self._service.batcher.submit(FeedbackCommand([]), weight=0)
             raise ServingError(
                 "Feature state waits to be written to its store.",
                 fix="see the service's log; free space or restart the store",

@@ -250,6 +250,23 @@ def test_a_store_outage_shows_in_readiness(tmp_path: Path) -> None:
         asyncio.run(story(made))
 
 
+def test_asking_for_readiness_tries_the_writing_again(tmp_path: Path) -> None:
+    async def story(made: Rig) -> list[int]:
+        async with made.client() as client:
+            made.state.fail_flush = True
+            await client.post("/v1/risk/score", json=body(event(1)))
+            while made.predictor.healthy:
+                await asyncio.sleep(0.001)
+            made.state.fail_flush = False
+            seen = []
+            while not seen or seen[-1] != 200:  # no traffic but the probes
+                seen.append((await client.get("/readyz")).status_code)
+            return seen
+
+    with rig(tmp_path) as made:
+        assert set(asyncio.run(asyncio.wait_for(story(made), 10))) == {503, 200}
+
+
 def test_the_server_stop_closes_the_service(tmp_path: Path) -> None:
     with rig(tmp_path) as made:
         messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
