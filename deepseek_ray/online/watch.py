@@ -77,13 +77,21 @@ class Watch:
             frauds=frauds,
             alerts=int((served["decision"] == "review").sum()),
             average_precision=average_precision(known["is_fraud"], known["probability"]) if has_fraud else None,
-            threshold=self._budget.observe(served["probability"].to_numpy()),
+            threshold=self._threshold(served),
             psi_max=max(result.psi for result in self.results),
             ks_max=max(result.ks for result in self.results),
             model_version=str(served["model_version"][-1]),
         )
         self.days.append(report)
         return report
+
+    def _threshold(self, served: pl.DataFrame) -> float:
+        """For the next day, from the scores of the version that answered last: another model scores otherwise."""
+        version = served["model_version"][-1]
+        own = served.filter(pl.col("model_version") == version)
+        if self.days and self.days[-1].model_version != str(version):
+            self._budget.reset(float(own["threshold"][-1]))
+        return self._budget.observe(own["probability"].to_numpy())
 
     @property
     def swaps(self) -> Iterator[dict[str, str]]:

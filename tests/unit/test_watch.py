@@ -35,6 +35,7 @@ def served(
             "feature_values": [np.array([a, 1.0, c]).tobytes() for a, c in zip(amounts, counts, strict=True)],
             "probability": probability,
             "decision": np.where(probability >= threshold, "review", "approve"),
+            "threshold": [threshold] * num_rows,
             "model_version": [version] * num_rows,
         }
     )
@@ -79,6 +80,18 @@ def test_the_threshold_moves_to_what_people_can_review() -> None:
     report = watch(alert_rate=0.1).close_day("2026-01-05", day, labels(), frauds=0)
     assert report.alerts == int((day["probability"] >= 0.5).sum())
     assert float((day["probability"] >= report.threshold).mean()) == pytest.approx(0.1, abs=0.001)  # type: ignore[arg-type]
+
+
+def test_another_version_starts_from_its_own_threshold_and_scores() -> None:
+    seen = watch(alert_rate=0.1)
+    seen.close_day("2026-01-05", served(), labels(), frauds=0)
+    few = served(500, version="2", threshold=0.3)
+    both = pl.concat([served(1_000, seed=2), few])
+    assert seen.close_day("2026-01-06", both, labels(), frauds=0).threshold == 0.3
+    much = served(1_500, seed=3, version="2")
+    report = seen.close_day("2026-01-07", much, labels(), frauds=0)
+    own = pl.concat([few, much])["probability"]
+    assert float((own >= report.threshold).mean()) == pytest.approx(0.1, abs=0.001)  # type: ignore[arg-type]
 
 
 def test_a_swap_is_told_with_its_day() -> None:
