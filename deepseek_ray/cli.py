@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_doctor, _add_explain, _add_verify, _add_registry):
+    for add in (_add_doctor, _add_explain, _add_verify, _add_registry, _add_compact):
         add(verbs)
     for verb, (_, summary) in PROGRAMS.items():
         verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
@@ -172,6 +172,12 @@ def _add_registry(verbs: Verbs) -> None:
     verb = actions.add_parser("rollback", help="make the previous version champion again")
     verb.add_argument("--note", default="", help="why, for the history")
     _run_here(verb, "deepseek_ray.commands:rollback")
+
+
+def _add_compact(verbs: Verbs) -> None:
+    verb = verbs.add_parser("compact", help="move the prediction log into parquet")
+    verb.add_argument("--prune", action="store_true", help="drop the vectors from the log that the parquet holds")
+    _run_here(verb, "deepseek_ray.commands:compact")
 
 
 def _run_here(verb: argparse.ArgumentParser, command: str) -> None:

@@ -53,7 +53,7 @@ def promote(options: argparse.Namespace) -> int:
     registry = _registry(options)
     challenger = registry.get(options.version)
     champion = registry.version_of(CHAMPION)
-    rival = _evidence(registry.get(champion)) if champion else None
+    rival = _rival(challenger, registry.get(champion)) if champion else None
     info = registry.promote(challenger.version, gate.decide(rival, _evidence(challenger), config.gate))
     print(f"champion: version {info.version} (before: {champion or 'none'})")
     return 0
@@ -88,6 +88,17 @@ def verify_features(options: argparse.Namespace) -> int:
     return 0 if found.rows and not found.num_differences else 1
 
 
+def compact(options: argparse.Namespace) -> int:
+    """Move what the prediction log holds into parquet."""
+    from deepseek_ray.data import prediction_archive
+
+    _, paths = settings_of(options)
+    manifest = prediction_archive.compact(paths, prune=options.prune)
+    predictions, labels = (sum(part.rows for part in parts) for parts in (manifest.predictions, manifest.feedback))
+    print(f"{predictions} predictions and {labels} labels in {paths.prediction_archive}")
+    return 0
+
+
 def _registry(options: argparse.Namespace) -> Registry:
     config, paths = settings_of(options)
     return Registry.open(paths, config.stores, name=config.model_name, create=False)
@@ -95,14 +106,24 @@ def _registry(options: argparse.Namespace) -> Registry:
 
 def _evidence(info: VersionInfo) -> Evidence:
     """The numbers that the gate last saw of a version, from its tag."""
-    decision = json.loads(info.tags.get("gate.decision", "{}"))
-    found = decision.get("evidence", {}).get("challenger")
-    if not found:
+    found = _recorded(info, "challenger")
+    if found is None:
         raise RegistryError(
             f"Version {info.version} of {info.name!r} was never measured for the gate.",
             fix="run deepseek-ray update, which measures, decides and promotes",
         )
-    return Evidence(**{**found, "contract": VectorContract(**found["contract"])})
+    return found
+
+
+def _rival(challenger: VersionInfo, champion: VersionInfo) -> Evidence:
+    """The champion's numbers on the challenger's rows, where it was compared with this champion; else its own."""
+    found = _recorded(challenger, "champion")
+    return found if found and found.version == champion.version else _evidence(champion)
+
+
+def _recorded(info: VersionInfo, side: str) -> Evidence | None:
+    found = json.loads(info.tags.get("gate.decision", "{}")).get("evidence", {}).get(side)
+    return Evidence(**{**found, "contract": VectorContract(**found["contract"])}) if found else None
 
 
 def _plain(entry: AuditEntry) -> dict[str, Any]:

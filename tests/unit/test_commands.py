@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,6 +98,16 @@ def test_a_worse_version_stays_out_unless_the_bounds_allow_it(registry: FakeRegi
     assert registry.champion == "1"
     assert cli.main(["registry", "promote", "2", "--set", "gate.max_average_precision_drop=0.05"]) == 0
     assert registry.champion == "2"
+
+
+def test_a_refused_version_is_compared_on_the_rows_it_was_measured_on(registry: FakeRegistry) -> None:
+    fresh = {"heldout_digest": "n" * 64}
+    champion, challenger = (replace(evidence(number, 0.5), **cast(Any, fresh)) for number in ("1", "5"))
+    refused = gate.decide(champion, replace(challenger, p99_ms=40.0), GateConfig())
+    registry.versions["5"] = Version("5", {"gate.decision": refused.to_json()})
+    assert cli.main(["registry", "promote", "5", "--set", "gate.max_p99_ms=30"]) == 2
+    assert cli.main(["registry", "promote", "5", "--set", "gate.max_p99_ms=50"]) == 0
+    assert registry.champion == "5"
 
 
 def test_a_version_without_evidence_is_not_promoted(registry: FakeRegistry, capsys: pytest.CaptureFixture[str]) -> None:

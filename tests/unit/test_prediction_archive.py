@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from deepseek_ray import cli
 from deepseek_ray.data import prediction_archive as archive
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.errors import DataError, EnvironmentProblemError
@@ -135,3 +136,17 @@ def test_a_broken_manifest_is_an_error_not_an_empty_archive(paths: RunPaths, log
     with pytest.raises(DataError, match="manifest"):
         archive.read_predictions(paths)
     log.close()
+
+
+def test_the_command_moves_the_log_into_parquet(
+    paths: RunPaths, log: PredictionLog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.commit([row(1), row(2)])
+    log.commit(feedback=[label(2)])
+    log.close()
+    before = archive.read_predictions(paths)
+    assert cli.main(["compact", "--run", str(paths.root), "--prune"]) == 0
+    assert capsys.readouterr().out == f"2 predictions and 1 labels in {paths.prediction_archive}\n"
+    assert archive.read_predictions(paths).equals(before)
+    paths.prediction_log.unlink()
+    assert archive.read_predictions(paths).equals(before)
