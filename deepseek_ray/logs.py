@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 
 QUIET_ENVIRONMENT = {
@@ -21,6 +22,11 @@ def silence_telemetry() -> None:
     """Switch off telemetry of the libraries we use; a value already set wins."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def hide_password(text: str) -> str:
+    """The text without user name and password in an address."""
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deepseek_ray.config import StoreConfig
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
+from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
 
 INIT_TIMEOUT_S = 120.0
@@ -41,8 +42,8 @@ class Run:
         self.run_id = run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log settings; nested mappings become dotted names."""
-        rows = [Param(key, str(value)) for key, value in _flatten(params)]
+        """Log settings; nested mappings become dotted names. Passwords in addresses are left out."""
+        rows = [Param(key, hide_password(str(value))) for key, value in _flatten(params)]
         with self.tracking.guard(write=True) as client:
             for start in range(0, len(rows), 100):  # MLflow takes at most 100 params a call
                 client.log_batch(self.run_id, params=rows[start : start + 100])
@@ -109,7 +110,7 @@ class Tracking:
     """A tracking store that is known to answer. Make it with :meth:`open`.
 
     Args:
-        uri: absolute MLflow tracking and registry URI.
+        uri: absolute MLflow tracking and registry URI; ``shown_uri`` is the same without a password.
         paths: the run folder, for the audit table and the cache of downloaded versions.
         experiment_id: where new runs go.
         timeout_s: longest wait for a locked or silent store.
@@ -117,6 +118,7 @@ class Tracking:
 
     def __init__(self, uri: str, paths: RunPaths, experiment_id: str, timeout_s: float) -> None:
         self.uri = uri
+        self.shown_uri = hide_password(uri)
         self.paths = paths
         self.experiment_id = experiment_id
         self.timeout_s = timeout_s
@@ -227,7 +229,7 @@ def check_store(uri: str, timeout_s: float, *, write: bool = False) -> None:
         socket.create_connection((parts.hostname, port), timeout=timeout_s).close()
     except OSError as error:
         raise RegistryUnavailableError(
-            f"The MLflow server stores.tracking_uri={_without_password(uri)!r} does not answer: {error}.",
+            f"The MLflow server stores.tracking_uri={hide_password(uri)!r} does not answer: {error}.",
             fix="start it, or correct stores.tracking_uri",
         ) from error
 
@@ -288,12 +290,6 @@ def _sqlite_path(uri: str) -> Path | None:
     return path
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host).geturl()
-
-
 def _lock_path(database: Path | None, paths: RunPaths) -> Path:
     return database.with_name(f"{database.name}.lock") if database else paths.root / "mlflow.lock"
 
@@ -330,7 +326,7 @@ def _acquire(descriptor: int, path: Path, timeout_s: float) -> None:
 
 @contextmanager
 def _translated(uri: str) -> Iterator[None]:
-    shown = _without_password(uri)
+    shown = hide_password(uri)
     try:
         yield
     except MlflowException as error:

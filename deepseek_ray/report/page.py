@@ -15,9 +15,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.report.charts import MODELS, SIDES, draw_all, ranked
-from deepseek_ray.report.results import FeatureDrift, Results, Stage, dotted, hide_password
+from deepseek_ray.report.results import FeatureDrift, Results, Stage, dotted
 from deepseek_ray.report.verdict import RATE_OF_THE_BOUND, Scalar, Verdict, judge
 
 PACKAGES = ("torch", "ray", "mlflow", "feast", "lightgbm", "scikit-learn", "duckdb", "polars", "numpy")

@@ -6,7 +6,6 @@ Fields that are named here are checked; others are kept and shown as they are. N
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from deepseek_ray.errors import SchemaError
+from deepseek_ray.logs import hide_password
 
 Measure = Annotated[float, Strict()] | None
 Count = Annotated[int, Field(ge=0)] | None
@@ -323,11 +323,6 @@ def dotted(value: Any, prefix: str) -> Iterator[tuple[str, float | int | str]]:
     elif isinstance(value, list | tuple):
         for key, inner in zip(_keys(value), value, strict=True):
             yield from dotted(inner, f"{prefix}.{key}")
-
-
-def hide_password(text: str) -> str:
-    """The text without user name and password in an address."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def _keys(items: list[Any] | tuple[Any, ...]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import ray.tune
 import torch
 from ray.tune.schedulers import ASHAScheduler
 
-from deepseek_ray.cli import add_settings, guarded, settings_of
+from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
 from deepseek_ray.config import Config, build_config
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.errors import DataError
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tracking = Registry.open(paths, config.stores, name=config.model_name).tracking
     with tracking.start_run("tune", tags={"stage": "tune"}) as parent:
         found = search(config, paths, dataset, tracking, parent, trials=options.trials, minutes=options.minutes)
-    settings = " ".join(f"--set {name}={value:.4g}" for name, value in found["best"].items())
+    settings = shlex.join([*settings_arguments(options), *(f"--set={k}={v:.4g}" for k, v in found["best"].items())])
     print(f"best validation average precision {found[METRIC]:.4f} of {found['trials']} trials\nNext: "
           f"python -m pipelines.risk.train --run {paths.root} {settings}")  # fmt: skip
     return 0
@@ -81,7 +82,7 @@ def search(
     best = results.get_best_result()
     rows = [{"config": one.config, METRIC: (one.metrics or {}).get(METRIC)} for one in results]
     stage = {"best": best.config, METRIC: best.metrics[METRIC], "trials": len(rows), "results": rows,
-             "mlflow_run_id": parent.run_id, "tracking_uri": tracking.uri}  # fmt: skip
+             "mlflow_run_id": parent.run_id, "tracking_uri": tracking.shown_uri}  # fmt: skip
     parent.log_metrics({METRIC: stage[METRIC]})
     parent.log_params(best.config)
     write_stage(paths, "tune", stage)
