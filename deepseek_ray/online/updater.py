@@ -24,6 +24,7 @@ from deepseek_ray.online.replay import Columns, Reservoir
 from deepseek_ray.train.step import EpochRecord, Recipe, Training, calibrate
 
 _COLUMNS = ("features", "sequence", "label", "order_us", "day", "card", "amount_cents", "scenario")
+_UNTIL = "until_us"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ def remember(memory: Reservoir, rows: RiskDataset) -> None:
         raise DataError("The replay memory holds rows of another feature vector.", fix="start a new replay memory")
     known = rows.labelled()
     memory.add({name: getattr(known, name) for name in _COLUMNS})
+    memory.note[_UNTIL] = max([memory.note.get(_UNTIL, 0), *known.order_us.tolist()])
+
+
+def not_remembered(memory: Reservoir, rows: RiskDataset) -> RiskDataset:
+    """Rows that are younger than all that was ever offered to the memory: the others trained an earlier update."""
+    return rows.select(rows.order_us > memory.note.get(_UNTIL, 0))
 
 
 def recall(memory: Reservoir) -> RiskDataset:

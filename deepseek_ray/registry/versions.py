@@ -167,8 +167,18 @@ class Registry:
             GateRefusedError: the decision refuses, or is about another model, version or champion.
             ModelFormatError: the version does not load.
         """
+        number = str(self._resolve(version).version)
+        if reason := self.offer(number, decision):
+            raise GateRefusedError(
+                f"Version {number} of {self.name!r} was not promoted: {reason}.",
+                fix="decide again on fresh evidence, or train a better version",
+            )
+        return self.get(number)
+
+    def offer(self, version: str, decision: GateDecision) -> str:
+        """Like :meth:`promote`, but a refusal is an answer: returns why, or "" when the version is champion now."""
         if not isinstance(decision, GateDecision):
-            raise TypeError(f"promote() takes a GateDecision, got {type(decision).__name__}")
+            raise TypeError(f"a promotion takes a GateDecision, got {type(decision).__name__}")
         info = self.validate(version)
         with self._audit.transaction() as audit:
             before = self.version_of(CHAMPION)
@@ -179,12 +189,7 @@ class Registry:
             self._tag_decision(info.version, decision, action)
             if not reason:
                 self._crown(info.version, previous=before)
-        if reason:
-            raise GateRefusedError(
-                f"Version {info.version} of {self.name!r} was not promoted: {reason}.",
-                fix="decide again on fresh evidence, or train a better version",
-            )
-        return self.get(info.version)
+        return reason
 
     def rollback(self, note: str = "") -> VersionInfo:
         """Load ``previous``, score its probes, and only then make it champion again.
@@ -330,7 +335,7 @@ class Registry:
         if number is None:
             raise RegistryError(
                 f"{self.name!r} has no version or alias {version!r}.",
-                fix="see `deepseek-ray history` for what there is",
+                fix="see `deepseek-ray registry history` for what there is",
             )
         with self.tracking.guard() as client:
             return client.get_model_version(self.name, number)

@@ -68,7 +68,8 @@ def train_and_register(config: Config, paths: RunPaths, registry: Registry, run:
     )
     yardsticks = [fit_logistic(train, seed=config.seed), fit_lightgbm(train, seed=config.seed)]
     stage = judge(fitted, yardsticks, holdout) | _facts(config, spec, train, holdout, days)
-    stage |= {"wall_s": time.perf_counter() - start, "mlflow_run_id": run.run_id, "tracking_uri": registry.tracking.uri}
+    stage |= {"mlflow_run_id": run.run_id, "tracking_uri": registry.tracking.shown_uri}
+    stage["wall_s"] = time.perf_counter() - start
     write_stage(paths, "train", stage)
     _log_run(run, config, stage, yardsticks)
     return _register(registry, run, fitted, holdout, stage, config)
@@ -132,10 +133,8 @@ def _register(
     info = registry.register(fitted.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
     champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
     decision = decide(champion and _measured(champion, holdout), _measured(info, holdout), config.gate)
-    if decision.promote:
-        registry.promote(info.version, decision)
-    verdict = "promoted" if decision.promote else f"not promoted: {'; '.join(map(str, decision.failed))}"
-    print(f"version {info.version} of {info.name!r} {verdict}")
+    refusal = registry.offer(info.version, decision)
+    print(f"version {info.version} of {info.name!r} {f'not promoted: {refusal}' if refusal else 'promoted'}")
     return info
 
 

@@ -30,7 +30,7 @@ from deepseek_ray.online.gate import GateDecision, decide
 from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.threshold import budget_threshold
-from deepseek_ray.online.updater import UpdateResult, remember, warm_start
+from deepseek_ray.online.updater import UpdateResult, not_remembered, remember, warm_start
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Probes, Registry, Run, VersionInfo, git_commit
 from deepseek_ray.serving.champion import THRESHOLD_TAG
@@ -57,22 +57,22 @@ def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: s
     start = time.perf_counter()
     champion = registry.get(CHAMPION)
     served = matured_rows(paths, champion.schema.columns, champion.schema.feature_digest, config.data.label_delay_days)
-    new, held_out = served.split_tail(config.update.holdout_fraction)
     memory, old = _memory(config, paths)
+    new, held_out = not_remembered(memory, served).split_tail(config.update.holdout_fraction)
     target = paths.root / "challenger"
     made = warm_start(champion.path, new, memory, target, config.update, config.train, seed=config.seed)
     info = _register(registry, run, made, new, held_out, config)
     decision = _decide(config, champion, info, held_out, old)
-    if decision.promote:
-        registry.promote(info.version, decision)
+    refusal = registry.offer(info.version, decision)
+    if not refusal:
         remember(memory, new)
         memory.save(paths.replay_memory)
         if url:
             asyncio.run(_await_swap(url, info.version))
     stage = {
-        "champion_version": champion.version, "challenger_version": info.version, "promoted": decision.promote,
+        "champion_version": champion.version, "challenger_version": info.version, "promoted": not refusal,
         "checks": [asdict(check) for check in decision.checks], "mlflow_run_id": run.run_id,
-        "tracking_uri": registry.tracking.uri, "seconds_label_to_live": time.perf_counter() - start,
+        "tracking_uri": registry.tracking.shown_uri, "seconds_label_to_live": time.perf_counter() - start,
         "rows_new": made.num_new, "rows_replayed": made.num_replayed, "rows_holdout": len(held_out),
         "trained_until_us": int(held_out.order_us.max()),
     }  # fmt: skip

@@ -202,6 +202,24 @@ def test_promote_moves_champion_to_previous(two: Registry) -> None:
     assert info.tags["gate.average_precision"].startswith("passed")
 
 
+def test_a_refused_offer_is_kept_with_its_numbers(registry: Registry, tmp_path: Path) -> None:
+    info = add_version(registry, tmp_path / "m1", 1.0, -1.0)
+    checks = (Check("p99_scoring_ms", False, 40.0, 20.0, "must be at most the bound"),)
+    decision = GateDecision(name="risk", version=info.version, champion_version=None, checks=checks)
+    assert "p99_scoring_ms = 40 (bound 20)" in registry.offer(info.version, decision)
+    (entry,) = registry.history()
+    assert (entry.action, entry.champion_after) == ("refuse", None)
+    assert registry.get(info.version).tags["gate.decision"] == decision.to_json()
+
+
+def test_a_password_in_a_setting_is_not_logged(paths: RunPaths) -> None:
+    tracking = Tracking.open(paths)
+    with tracking.start_run("train") as run:
+        run.log_params({"stores": {"tracking_uri": "postgresql+psycopg://me:secret@db:5432/mlflow"}})
+    assert run.params == {"stores.tracking_uri": "postgresql+psycopg://db:5432/mlflow"}
+    assert tracking.shown_uri == tracking.uri
+
+
 def test_promote_takes_only_gate_decisions(two: Registry) -> None:
     with pytest.raises(TypeError, match="GateDecision"):
         two.promote("2", True)  # type: ignore[arg-type]

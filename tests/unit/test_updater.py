@@ -19,7 +19,7 @@ from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.gate import decide
 from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
-from deepseek_ray.online.updater import recall, remember, warm_start
+from deepseek_ray.online.updater import not_remembered, recall, remember, warm_start
 from deepseek_ray.train.step import EpochRecord, Recipe, train_in_process
 
 NAMES = ("amount", "old_pattern", "new_pattern")
@@ -157,3 +157,13 @@ def test_measuring_needs_a_fraud(champion: Path) -> None:
         measure(
             models.load(champion), NEW_TEST.select(NEW_TEST.label == 0), name="risk", version="1", contract=CONTRACT
         )
+
+
+def test_rows_of_an_earlier_update_are_not_new_again(memory: Reservoir, tmp_path: Path) -> None:
+    half = OLD.order_us.max() // 2
+    assert len(not_remembered(memory, OLD)) == 0
+    fresh = Reservoir(200)
+    remember(fresh, OLD.select(OLD.order_us <= half))
+    fresh.save(tmp_path / "memory.npz")
+    left = not_remembered(Reservoir.load(tmp_path / "memory.npz"), OLD)
+    assert left.order_us.tolist() == OLD.order_us[OLD.order_us > half].tolist()
