@@ -31,7 +31,7 @@ class Outcome:
     Attributes:
         predictions: transaction id -> prediction id.
         latencies_ms: one a scoring request, as the client saw it.
-        failures: message of each request that failed after its retry.
+        failures: message of each request that failed.
         feedback: labels accepted.
     """
 
