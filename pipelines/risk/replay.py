@@ -129,7 +129,7 @@ def _start_update(play: Play) -> None:
 
 
 def _finish_update(play: Play) -> None:
-    if play.update is not None and play.update.wait() not in (0, 1):  # 1: the gate turned it down
+    if play.update is not None and play.update.wait() not in (0, 3):  # 3: the gate turned it down
         raise DataError(f"The update ended with status {play.update.returncode}.", fix="see its messages above")
 
 

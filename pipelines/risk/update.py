@@ -39,7 +39,7 @@ SWAP_TIMEOUT_S = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Update; exit status 1 when the gate refuses."""
+    """Update; exit status 3 when the gate refuses: 1 is a crash, 2 an error."""
     parser = argparse.ArgumentParser(prog="deepseek-ray update", description="Update the champion from feedback.")
     add_settings(parser)
     parser.add_argument("--url", help="wait until the service at this address answers with the new version")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
     with registry.tracking.start_run("update", tags={"stage": "update"}) as run:
         stage = update(config, paths, registry, run, options.url)
-    return 0 if stage["promoted"] else 1
+    return 0 if stage["promoted"] else 3
 
 
 def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from deepseek_ray.data import table
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.periods import periods
 from deepseek_ray.data.stream_engine import StreamEngine
+from deepseek_ray.errors import FeatureError
 from deepseek_ray.paths import RunPaths
 
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def warm(config: Config, paths: RunPaths) -> int:
     """Load the history into the online store; returns the number of states written."""
+    if paths.prediction_log.exists():  # what was served since would be gone from the states
+        raise FeatureError(f"The run {str(paths.root)!r} has been served already.", fix="warm before the first serve")
     transactions = table.read(paths.transactions)
     days = periods(transactions, config.data)
     client = FeatureClient(paths, config.stores.online_store)

@@ -101,14 +101,15 @@ def test_an_interrupted_demo_finishes_when_it_is_started_again(demo: Demo) -> No
     assert demo.paths.report_html.stat().st_size > 10_000
 
 
-def test_a_run_that_has_been_served_is_left_as_it_is(demo: Demo) -> None:
+@pytest.mark.parametrize(("program", "fix"), [("demo", "give a new folder"), ("warm", "warm before the first serve")])
+def test_a_run_that_has_been_served_is_left_as_it_is(demo: Demo, program: str, fix: str) -> None:
     before = demo.paths.report_json.read_bytes()
-    command = [sys.executable, "-m", "pipelines.risk.demo", *SETTINGS, "--run", str(demo.paths.root)]
+    command = [sys.executable, "-m", f"pipelines.risk.{program}", *SETTINGS, "--run", str(demo.paths.root)]
     again = subprocess.run(
         command, cwd=ROOT, env=demo.environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert again.returncode == 2
-    assert "has been served already. Fix: give a new folder with --run" in again.stderr
+    assert f"has been served already. Fix: {fix}" in again.stderr
     assert demo.paths.report_json.read_bytes() == before
 
 
