@@ -26,6 +26,7 @@ import polars as pl
 from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.data import table
+from deepseek_ray.data.source import SYNTHETIC
 from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, mark_latest, runs_root, write_stage
 from deepseek_ray.registry import Registry
@@ -80,9 +81,7 @@ def _open(options: argparse.Namespace) -> tuple[Config, RunPaths]:
     options.run = options.run or str(runs_root() / f"{time.strftime('%Y%m%d-%H%M%S')}-risk-seed{options.seed}")
     config, paths = settings_of(options)
     if paths.prediction_log.exists():  # repeated payments get their first answers again: no figure would be true
-        raise EnvironmentProblemError(
-            f"The run {str(paths.root)!r} has been served already.", fix="give a new folder with --run"
-        )
+        raise EnvironmentProblemError(f"The run {paths.root} has been served already.", fix="give a new folder, --run")
     return config, paths.create()
 
 
@@ -90,7 +89,8 @@ def _loop(stages: Stages, config: Config) -> None:
     update_after = config.data.replay_days - DAYS_AFTER_UPDATE
     os.environ.setdefault(config.serving.api_key_env, secrets.token_urlsafe(24))
     os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")  # libraries' own, between the progress bars
-    stages.run("pipelines.risk.ingest", "--synthetic")
+    flag = "--synthetic" if config.data.source == SYNTHETIC else f"--data={config.data.source}"
+    stages.run("pipelines.risk.ingest", flag)
     write_stage(stages.paths, "data", _describe(stages.paths, config))
     stages.run("pipelines.risk.train")
     stages.run("pipelines.risk.warm")
