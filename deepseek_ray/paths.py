@@ -141,14 +141,24 @@ def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any] | Sequen
     paths.results.mkdir(parents=True, exist_ok=True)
     target = paths.results / f"{stage}.json"
     draft = target.with_name(f".{stage}-{os.getpid()}")
-    draft.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, target)
     return target
 
 
-def _finite(tree: Any) -> Any:
+def finite(tree: Any) -> Any:
+    """Plain data fit for JSON: NaN and infinities become null, tuples lists, keys strings."""
     if isinstance(tree, Mapping):
-        return {str(key): _finite(value) for key, value in tree.items()}
+        return {str(key): finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
+        return [finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deepseek_ray.paths import finite
+
 GATES = (
     "average_precision",
     "card_precision_at_100",
@@ -134,14 +136,4 @@ class GateDecision:
             "checks": [asdict(check) for check in self.checks],
             "evidence": dict(self.evidence),
         }
-        return json.dumps(_finite(tree), sort_keys=True, allow_nan=False)
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {str(key): _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return None
-    return tree
+        return json.dumps(finite(tree), sort_keys=True, allow_nan=False)

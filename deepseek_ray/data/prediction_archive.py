@@ -24,7 +24,7 @@ import polars as pl
 
 from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, unpack
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.paths import RunPaths, sync
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
@@ -200,7 +200,7 @@ def _write_part(db: sqlite3.Connection, folder: Path, kind: Kind, after: int) ->
     assert len(frame) == rows, f"{len(frame)} of {rows} rows"
     try:
         frame.write_parquet(folder / part.file, compression="zstd")
-        _sync(folder / part.file)
+        sync(folder / part.file)
     except OSError as error:
         raise _unusable(folder, error) from error
     return part
@@ -210,19 +210,11 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     draft = folder / f".{MANIFEST}"
     try:
         draft.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-        _sync(draft)
+        sync(draft)
         os.replace(draft, folder / MANIFEST)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise _unusable(folder, error) from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_strays(folder: Path, manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models import RiskModel
+from deepseek_ray.paths import sync
 
 MANIFEST = "manifest.json"
 _MODEL = "model.safetensors"
@@ -142,21 +143,13 @@ def _folders(folder: Path) -> list[Path]:
 def _commit(target: Path, content: dict[str, Any]) -> None:
     names = sorted(path.name for path in target.iterdir())
     for name in names:
-        _sync(target / name)
+        sync(target / name)
     content["files"] = {name: _sha256(target / name) for name in names}
     draft = target / f".{MANIFEST}"
     draft.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     os.replace(draft, target / MANIFEST)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target)
 
 
 def _sha256(path: Path) -> str:

@@ -38,7 +38,9 @@ def test_predictions_come_back_in_the_order_of_the_transactions() -> None:
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_RAY_API_KEY", KEY)
-    talk(RiskServer(), lambda client: client.model(), api_key=None)
+    server = RiskServer()
+    talk(server, lambda client: client.score([event(1)]), api_key=None)
+    assert server.keys == {KEY}
 
 
 def test_without_a_key_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from deepseek_ray.config import Config, build_config
-from deepseek_ray.models import RiskModelConfig
+from deepseek_ray.models import RiskModel, RiskModelConfig
 from tune_spaces.risk import SPACE
 
 KINDS = {"uniform", "loguniform", "choice"}
@@ -55,4 +56,5 @@ def test_the_default_lies_inside_the_space() -> None:
 def test_any_corner_of_the_space_is_a_model(seed: int) -> None:
     rng = random.Random(seed)
     config = build_config({}, overrides={name: rng.choice(ends(spec)) for name, spec in SPACE.items()})
-    RiskModelConfig(feature_names=("a", "b"), sequence_len=4, shape=config.model)
+    model = RiskModel(RiskModelConfig(feature_names=("a", "b"), sequence_len=4, shape=config.model))
+    assert model(torch.zeros(3, 2), torch.zeros(3, 4, 6)).shape == (3,)
