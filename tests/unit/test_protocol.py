@@ -11,10 +11,11 @@ import pytest
 
 from deepseek_ray import metrics
 from deepseek_ray.data import batch_engine, handbook, protocol, windows
+from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.periods import to_dataset
 from deepseek_ray.data.table import to_table
 from deepseek_ray.errors import DataError
-from deepseek_ray.train.yardsticks import fit_logistic
+from deepseek_ray.train.yardsticks import fit_lightgbm_published, fit_logistic
 
 DAY_ONE = date(2018, 4, 1)
 
@@ -97,16 +98,36 @@ def test_the_other_kinds_of_fraud_are_knowable_and_genuine_payments_are_not_frau
     assert protocol.knowable(table, np.array([2, 0, 1]), delay_days=2).tolist() == [0, 1, 1]
 
 
-@pytest.mark.skipif("DEEPSEEK_RAY_HANDBOOK" not in os.environ, reason="DEEPSEEK_RAY_HANDBOOK names no folder")
-def test_the_published_rows_and_the_published_logistic_regression_come_back() -> None:
+needs_handbook = pytest.mark.skipif(
+    "DEEPSEEK_RAY_HANDBOOK" not in os.environ, reason="DEEPSEEK_RAY_HANDBOOK names no folder"
+)
+
+
+def published_rows(vector: str, first: date, history_days: int) -> tuple[RiskDataset, RiskDataset, RiskDataset]:
+    """Train week, history and test week of the published split, from the days since ``first``."""
     table = handbook.read(os.environ["DEEPSEEK_RAY_HANDBOOK"], label_delay_days=7)
-    table = table.filter(pl.col("event_time").dt.date().is_between(date(2018, 6, 15), date(2018, 8, 14)))
-    days = {"train_days": 7, "delay_days": 7, "test_days": 7, "history_days": 7}
+    table = table.filter(pl.col("event_time").dt.date().is_between(first, date(2018, 8, 14)))
+    days = {"train_days": 7, "delay_days": 7, "test_days": 7, "history_days": history_days}
     rows = protocol.split(table, train_start=date(2018, 7, 25), test_start=date(2018, 8, 8), **days)
-    assert (len(rows.train), len(rows.test)) == (67_240, 58_264)
+    vectors = batch_engine.compute(table, windows.load().vector(vector), label_delay_days=7, sequence_len=0)
+    week, history, test = (to_dataset(vectors.take(part), table) for part in (rows.train, rows.history, rows.test))
+    return week, history, test
+
+
+@needs_handbook
+def test_the_published_rows_and_the_figures_of_one_train_week_come_back() -> None:
     # 15 June lies further back than any window looks from the train week
-    vectors = batch_engine.compute(table, windows.load().vector("handbook"), label_delay_days=7, sequence_len=0)
-    train, test = (to_dataset(vectors.take(part), table) for part in (rows.train, rows.test))
+    train, _, test = published_rows("handbook", date(2018, 6, 15), history_days=7)
+    assert (len(train), len(test)) == (67_240, 58_264)
     score = fit_logistic(train).predict_proba(test.features)
     assert metrics.average_precision(test.label, score) == pytest.approx(0.605, abs=0.01)
     assert metrics.auc(test.label, score) == pytest.approx(0.870, abs=0.01)
+    score = fit_lightgbm_published(train).predict_proba(test.features)
+    assert metrics.average_precision(test.label, score) == pytest.approx(0.649, abs=0.01)
+
+
+@needs_handbook
+def test_the_figure_of_a_hundred_days_with_card_history_comes_back() -> None:
+    _, train, test = published_rows("handbook_history", date(2018, 4, 1), history_days=100)
+    score = fit_lightgbm_published(train).predict_proba(test.features)
+    assert metrics.average_precision(test.label, score) == pytest.approx(0.726, abs=0.01)
