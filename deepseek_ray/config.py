@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -148,15 +148,30 @@ class Config(Section):
     stores: StoreConfig = Field(default_factory=StoreConfig)
 
 
+Tree = TypeVar("Tree", bound=Section)
+
+
 def build_config(
     base: Mapping[str, Any] | None = None,
     *,
     file: Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
 ) -> Config:
+    """Build the card-fraud config; see :func:`build_tree`."""
+    return build_tree(Config, base, file=file, overrides=overrides)
+
+
+def build_tree(
+    kind: type[Tree],
+    base: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> Tree:
     """Build a config from a base mapping, then a YAML file, then ``a.b=value`` overrides.
 
     Args:
+        kind: the tree's class; every setting of it has a default.
         base: nested settings, for example a preset.
         file: YAML file of nested settings.
         overrides: ``["train.lr=1e-3", ...]`` or ``{"train.lr": 1e-3}``.
@@ -168,13 +183,13 @@ def build_config(
     if file is not None:
         tree.update(_flatten(_read_yaml(file)))
     tree.update(_parse_overrides(overrides))
-    known = known_keys()
+    known = known_keys(kind)
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise ConfigError(f"Unknown setting {key!r} (value {tree[key]!r}).", fix=f"did you mean {near[0]!r}?")
     try:
-        return Config.model_validate(_nest(tree))
+        return kind.model_validate(_nest(tree))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
@@ -183,9 +198,9 @@ def build_config(
         ) from error
 
 
-def known_keys() -> list[str]:
-    """All dotted setting names."""
-    return list(_flatten(Config().model_dump()))
+def known_keys(kind: type[Section] = Config) -> list[str]:
+    """All dotted setting names of a tree."""
+    return list(_flatten(kind().model_dump()))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -26,9 +26,11 @@ from deepseek_ray.errors import ModelFormatError
 from deepseek_ray.models.attention import TemporalAttention
 from deepseek_ray.models.events import SEQUENCE_CHANNELS, FeatureAdapter, SequenceAdapter
 from deepseek_ray.models.heads.calibration import PlattScaling
-from deepseek_ray.models.moe import MoE, RMSNorm, SwiGLU
+from deepseek_ray.models.layers import RMSNorm, SwiGLU
+from deepseek_ray.models.moe import MoE
+from deepseek_ray.models.router import Router
 
-FORMAT = "deepseek_ray.risk/1"
+FORMAT = "deepseek_ray.risk/2"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _CHUNK = 4096
@@ -155,14 +157,15 @@ class RiskModel(nn.Module):
         """Share of the rows' routed choices that falls on each expert: (L, E), each line sums to 1."""
         was_training = self.training
         self.eval()
-        for moe in self.experts:
-            moe.count_E.zero_()
-            moe.training = True  # counts; dropout sits elsewhere and stays off
+        routers = [moe.router for moe in self.experts]
+        for router in routers:
+            router.count_E.zero_()
+            router.training = True  # counts; dropout sits elsewhere and stays off
         for at in _chunks(len(features)):
             self(*self._tensors(features[at], sequence[at]))
-        counts = np.array([moe.count_E.cpu().numpy() for moe in self.experts], dtype=np.float64)
-        for moe in self.experts:
-            moe.count_E.zero_()
+        counts = np.array([router.count_E.cpu().numpy() for router in routers], dtype=np.float64)
+        for router in routers:
+            router.count_E.zero_()
         self.train(was_training)
         return counts / np.maximum(counts.sum(-1, keepdims=True), 1) if len(counts) else counts
 
@@ -171,7 +174,7 @@ class RiskModel(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         shape = self.config.shape
         idle = shape.num_experts - shape.top_k
-        return total, total - sum((m.up_EDI[0].numel() + m.down_EID[0].numel()) * idle for m in self.experts)
+        return total, total - sum(sum(w[0].numel() for w in m.experts.parameters()) * idle for m in self.experts)
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write config.json and model.safetensors (float32) into a folder; the config last, each file atomically."""
@@ -246,7 +249,8 @@ class Layer(nn.Module):
 def _feed_forward(shape: ModelConfig, *, dense: bool) -> MoE | SwiGLU:
     if dense:
         return SwiGLU(shape.d_model, (shape.top_k + shape.num_shared_experts) * shape.d_expert)
-    return MoE(shape.d_model, shape.d_expert, shape.num_experts, shape.top_k, shape.num_shared_experts)
+    router = Router(shape.d_model, shape.num_experts, shape.top_k)
+    return MoE(shape.d_model, shape.d_expert, router, shape.num_shared_experts)
 
 
 def _chunks(num_rows: int) -> list[slice]:

@@ -139,9 +139,9 @@ class Training:
         if not experts:
             return np.zeros((0, 0), dtype=np.int64)
         rate = pace * self.model.config.shape.router_bias_rate
-        counts_LE = self.axis.sum(torch.stack([moe.count_E for moe in experts]))
+        counts_LE = self.axis.sum(torch.stack([moe.router.count_E for moe in experts]))
         for moe, count_E in zip(experts, counts_LE, strict=True):
-            moe.balance(count_E, rate)
+            moe.router.balance(count_E, rate)
         return counts_LE.numpy()
 
     def held_out_logits(self, dataset: RiskDataset) -> NDArray[np.float64]:

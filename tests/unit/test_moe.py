@@ -7,36 +7,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.models.moe import MoE, grouped_matmul
+from deepseek_ray.models.router import Router
 
 
 def make_moe(num_shared: int = 1, dtype: torch.dtype = torch.float64) -> MoE:
     torch.manual_seed(0)
-    return MoE(d_model=8, d_expert=6, num_experts=4, top_k=2, num_shared=num_shared).to(dtype)
+    return MoE(d_model=8, d_expert=6, router=Router(8, num_experts=4, top_k=2), num_shared=num_shared).to(dtype)
 
 
 def plain(moe: MoE, x_TD: Tensor) -> Tensor:
     """One token and one expert at a time."""
-    gate_TK, expert_TK = moe.route(x_TD)
+    gate_TK, expert_TK = moe.router(x_TD)
     rows = []
     for x_D, gate_K, expert_K in zip(x_TD, gate_TK, expert_TK, strict=True):
         y_D = torch.zeros_like(x_D)
         for gate, expert in zip(gate_K, expert_K, strict=True):
-            inner_I, value_I = (x_D @ moe.up_EDI[expert]).chunk(2)
-            y_D = y_D + gate * (F.silu(inner_I) * value_I @ moe.down_EID[expert])
+            inner_I, value_I = (x_D @ moe.experts.up_ED2I[expert].flatten(1)).chunk(2)
+            y_D = y_D + gate * (F.silu(inner_I) * value_I @ moe.experts.down_EID[expert])
         rows.append(y_D)
     y_TD = torch.stack(rows)
     return y_TD if moe.shared is None else y_TD + moe.shared(x_TD)
 
 
 def test_gates_sum_to_one_and_choices_differ() -> None:
-    gate_TK, expert_TK = make_moe().route(torch.randn(50, 8, dtype=torch.float64))
+    gate_TK, expert_TK = make_moe().router(torch.randn(50, 8, dtype=torch.float64))
     torch.testing.assert_close(gate_TK.sum(-1), torch.ones(50, dtype=torch.float64))
     assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
 
 
 def test_ties_go_to_the_lower_expert() -> None:
     moe = make_moe()
-    _, expert_TK = moe.route(torch.zeros(3, 8, dtype=torch.float64))
+    _, expert_TK = moe.router(torch.zeros(3, 8, dtype=torch.float64))
     assert expert_TK.tolist() == [[0, 1]] * 3
 
 
@@ -53,11 +54,11 @@ def test_forward_and_gradients_equal_a_plain_loop() -> None:
 
 def test_an_expert_without_tokens_gets_a_zero_gradient_not_none() -> None:
     moe = make_moe()
-    moe.bias_E[3] = -10.0
+    moe.router.bias_E[3] = -10.0
     moe(torch.randn(5, 8, dtype=torch.float64)).sum().backward()
-    assert moe.up_EDI.grad is not None
-    assert moe.up_EDI.grad[3].abs().sum() == 0
-    assert moe.up_EDI.grad[0].abs().sum() > 0
+    assert moe.experts.up_ED2I.grad is not None
+    assert moe.experts.up_ED2I.grad[3].abs().sum() == 0
+    assert moe.experts.up_ED2I.grad[0].abs().sum() > 0
 
 
 def test_no_tokens_give_no_rows() -> None:
@@ -68,22 +69,22 @@ def test_no_tokens_give_no_rows() -> None:
 def test_every_token_is_counted_top_k_times_in_training_only() -> None:
     moe = make_moe()
     moe(torch.randn(30, 8, dtype=torch.float64))
-    assert int(moe.count_E.sum()) == 60
+    assert int(moe.router.count_E.sum()) == 60
     moe.eval()
     moe(torch.randn(30, 8, dtype=torch.float64))
-    assert int(moe.count_E.sum()) == 60
+    assert int(moe.router.count_E.sum()) == 60
 
 
 def test_balancing_spreads_a_skewed_load() -> None:
     moe = make_moe()
-    moe.bias_E[0] = 0.5  # everything goes to expert 0 first
+    moe.router.bias_E[0] = 0.5  # everything goes to expert 0 first
     x_TD = torch.randn(400, 8, dtype=torch.float64) * 3
     with torch.no_grad():
         for _ in range(300):
             moe(x_TD)
-            moe.balance(moe.count_E, rate=0.01)
+            moe.router.balance(moe.router.count_E, rate=0.01)
         moe(x_TD)
-    share_E = moe.count_E / moe.count_E.sum()
+    share_E = moe.router.count_E / moe.router.count_E.sum()
     assert share_E.min() > 0.2
     assert share_E.max() < 0.3
 
@@ -91,9 +92,9 @@ def test_balancing_spreads_a_skewed_load() -> None:
 def test_the_bias_changes_the_choice_but_not_the_gates() -> None:
     moe = make_moe()
     x_TD = torch.randn(5, 8, dtype=torch.float64)
-    moe.bias_E[2] = 10.0
-    gate_TK, expert_TK = moe.route(x_TD)
-    score_TE = torch.sigmoid(x_TD @ moe.router_ED.T)
+    moe.router.bias_E[2] = 10.0
+    gate_TK, expert_TK = moe.router(x_TD)
+    score_TE = torch.sigmoid(x_TD @ moe.router.weight_ED.T)
     assert (expert_TK[:, 0] == 2).all()
     chosen = score_TE.gather(-1, expert_TK)
     torch.testing.assert_close(gate_TK, chosen / chosen.sum(-1, keepdim=True))
