@@ -1,12 +1,15 @@
-"""Temporal attention: the current event asks, the card's recent events answer.
+"""Attention: temporal (the current event asks, the card's recent events answer) and over a sequence.
 
-Legend: B rows, N recent events, D model width, H heads, P width of a head.
+Legend: B rows, N recent events, D model width, H heads, P width of a head, S positions, K = P / 2.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from deepseek_ray.models.layers import Linear, RMSNorm
 
 
 class TemporalAttention(nn.Module):
@@ -55,3 +58,71 @@ class TemporalAttention(nn.Module):
         """(B, M, D) -> (B, H, M, P)."""
         batch, length, width = x_BMD.shape
         return x_BMD.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and grouped queries (arXiv:2104.09864, arXiv:2305.13245).
+
+    Args:
+        d_model: width of a position.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; each serves ``num_heads / num_kv_heads`` query heads.
+        d_head: width of a head, even.
+        causal: a position sees only itself and earlier ones.
+        window: with a number, only the last ``window`` positions up to its own, or, when not causal, those less than
+            ``window`` away.
+        rope_theta: base of the rotary frequencies.
+        qk_norm: normalise each query and key head.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, num_kv_heads: int, d_head: int, *, causal: bool = True,
+        window: int | None = None, rope_theta: float = 10_000.0, qk_norm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.d_head, self.causal, self.window, self.rope_theta = d_head, causal, window, rope_theta
+        self.query = Linear(d_model, num_heads * d_head)
+        self.key = Linear(d_model, num_kv_heads * d_head)
+        self.value = Linear(d_model, num_kv_heads * d_head)
+        self.output = Linear(num_heads * d_head, d_model)
+        self.query_norm = RMSNorm(d_head) if qk_norm else None
+        self.key_norm = RMSNorm(d_head) if qk_norm else None
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D); a summand of it where heads are sharded."""
+        query_BHSP, key_BHSP, value_BHSP = (self._heads(one(x_BSD)) for one in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            query_BHSP, key_BHSP = self.query_norm(query_BHSP), self.key_norm(key_BHSP)
+        wave_SP = rotary_waves(x_BSD.shape[1], self.d_head, self.rope_theta, x_BSD)
+        whole = self.window is None
+        mixed_BHSP = F.scaled_dot_product_attention(
+            rotate(query_BHSP, wave_SP), rotate(key_BHSP, wave_SP), value_BHSP,
+            attn_mask=None if whole else self._visible(x_BSD), is_causal=self.causal and whole, enable_gqa=True,
+        )  # fmt: skip
+        y_BSD: Tensor = self.output(mixed_BHSP.transpose(1, 2).flatten(2))
+        return y_BSD
+
+    def _heads(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, H * P) -> (B, H, S, P), for as many heads as this process holds."""
+        return x_BSD.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+    def _visible(self, x_BSD: Tensor) -> Tensor:
+        """(S, S) True where the row's position sees the column's."""
+        assert self.window is not None
+        position_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        behind_SS = position_S[:, None] - position_S[None, :]
+        return (behind_SS < self.window) & (behind_SS >= (0 if self.causal else 1 - self.window))
+
+
+def rotary_waves(length: int, d_head: int, theta: float, like: Tensor) -> Tensor:
+    """Unit vectors exp(i * position * theta^(-2k/P)) as (S, P/2, 2), in ``like``'s type and on its device."""
+    rate_K = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device=like.device) / d_head)
+    angle_SK = torch.arange(length, dtype=torch.float64, device=like.device)[:, None] * rate_K
+    return torch.stack([angle_SK.cos(), angle_SK.sin()], dim=-1).to(like.dtype)
+
+
+def rotate(x_BHSP: Tensor, wave_SK2: Tensor) -> Tensor:
+    """Turn each pair (k, k + P/2) of a head by its angle; same shape."""
+    first, second = x_BHSP.chunk(2, dim=-1)
+    cosine_SK, sine_SK = wave_SK2.unbind(-1)
+    return torch.cat([first * cosine_SK - second * sine_SK, second * cosine_SK + first * sine_SK], dim=-1)
