@@ -1,6 +1,6 @@
 """Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): the backward pass computes activations again.
 
-Selective: what is dear to compute is kept (matrix products, attention, exchanges between processes), the rest is
+Selective: what is dear to compute is kept (matrix products, attention, gathered sequences), the rest is
 recomputed (Korthikanti et al. 2022, arXiv:2205.05198).
 """
 
@@ -21,8 +21,7 @@ _KEPT = {
     _aten.mm.default, _aten.addmm.default, _aten.bmm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops._c10d_functional.all_to_all_single.default, torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default, torch.ops._c10d_functional.all_gather_into_tensor.default,
 }  # fmt: skip
 
 

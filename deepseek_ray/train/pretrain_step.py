@@ -1,0 +1,123 @@
+"""One step of pretraining on this process's share of the model: gradients, clipping, AdamW, balance. No Ray, no files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from deepseek_ray.config_moe import MoEConfig, StepConfig
+from deepseek_ray.data.samples import Samples
+from deepseek_ray.models.dropout import sample_keys
+from deepseek_ray.parallel.apply import SpreadModel, joined_counts
+from deepseek_ray.train.clip import clip_by_global_norm, clip_by_unit
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did; the same on every process, loads by layer where the layer is here.
+
+    Attributes:
+        step: number, from 0.
+        loss: mean cross-entropy of the global batch, before the update.
+        grad_norm: before clipping.
+        lr: learning rate used.
+        load: layer -> tokens of each expert.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    load: dict[int, list[int]]
+
+
+class Stepper:
+    """Trains a spread model, step by step.
+
+    Args:
+        config: everything.
+        model: this process's share.
+        samples: the whole data set, by sample number.
+    """
+
+    def __init__(self, config: MoEConfig, model: SpreadModel, samples: Samples) -> None:
+        self.config, self.model, self.samples = config, model, samples
+        self.optimiser = make_adamw(model, config.step)
+
+    def step(self, number: int) -> StepReport:
+        """Run step ``number``; the batch follows from the number alone."""
+        settings = self.config.step
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.backward(number)
+        norm = self._clip()
+        lr = learning_rate(number, settings)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.step()
+        load = joined_counts(self.model)
+        for layer, router in self.model.routers().items():
+            router.balance(load[layer], self.config.backbone.bias_rate)
+        return StepReport(number, loss, norm, lr, {layer: count.tolist() for layer, count in load.items()})
+
+    def backward(self, number: int) -> float:
+        """Gradients of step ``number``; returns the global batch's mean loss."""
+        mesh = self.model.mesh
+        rank = mesh.rank("dp") if mesh else 0
+        share = self.config.step.batch_size // self.config.parallel.data
+        first = number * self.config.step.batch_size + rank * share
+        sample_B = torch.arange(first, first + share)
+        x, target = self.samples.take(sample_B)
+        key_B = sample_keys(self.config.seed, number, sample_B)
+        device = self.model.device
+        loss = self.model.forward_backward(x.to(device), target.to(device), key_B.to(device))
+        return self._whole(loss)
+
+    def _whole(self, loss: Tensor) -> float:
+        """Sum over data ranks and stages."""
+        loss = loss.double() / self.model.loss_scale
+        if (mesh := self.model.mesh) is not None:
+            dist.all_reduce(loss, group=mesh.group("dp"))
+            dist.all_reduce(loss, group=mesh.group("pp"))
+            if self.config.backbone.head == "classification":
+                loss = loss * mesh.degrees.tp
+        return float(loss)
+
+    def _clip(self) -> float:
+        settings, mesh = self.config.step, self.model.mesh
+        named = list(self.model.named_parameters())
+        if settings.adaptive_clip:
+            clip_by_unit(named, settings.adaptive_clip)
+        group = mesh.group("pp") if mesh else None
+        return float(clip_by_global_norm((weight for _, weight in named), settings.max_grad_norm, group))
+
+
+def make_adamw(model: SpreadModel, settings: StepConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on the shards; norms and routers do not decay."""
+    decayed, free = [], []
+    for name, weight in model.named_parameters():
+        (free if weight.ndim < 2 or "router" in name else decayed).append(weight)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    # one tensor at a time: the fused forms do not take weights of different meshes together
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=betas, foreach=False)
+
+
+def learning_rate(step: int, settings: StepConfig) -> float:
+    """Linear warm-up, then: cosine to a tenth (arXiv:1608.03983), constant, or constant with a linear end (wsd).
+
+    Warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395.
+    """
+    warm = round(settings.warmup_fraction * settings.steps)
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    if settings.schedule == "cosine":
+        done = (step - warm) / max(1, settings.steps - warm)
+        return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    decay = round(settings.decay_fraction * settings.steps)
+    if settings.schedule == "wsd" and step >= settings.steps - decay:
+        return settings.lr * max(0, settings.steps - step) / max(1, decay)
+    return settings.lr
