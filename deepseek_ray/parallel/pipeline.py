@@ -70,7 +70,8 @@ class Pipeline:
 
 def _hidden(config: MoEConfig, dtype: torch.dtype) -> Tensor:
     length = config.corpus.seq_len // config.parallel.tp
-    return torch.empty(config.step.micro_batch_size, length, config.backbone.d_model, dtype=dtype, device="meta")
+    shape = config.step.micro_batch_size, length, config.backbone.d_model
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
 
 def _input(config: MoEConfig, stage: int, dtype: torch.dtype) -> Tensor:
@@ -84,6 +85,6 @@ def _output(config: MoEConfig, stage: int, total: int, dtype: torch.dtype) -> Te
         return _hidden(config, dtype)
     shape, rows = config.backbone, config.step.micro_batch_size
     if shape.head == "classification":
-        return torch.empty(rows, shape.num_classes, dtype=dtype, device="meta")
+        return torch.empty(rows, shape.num_classes, dtype=dtype, device="meta", requires_grad=True)
     columns = shape.vocab_size // config.parallel.tp
-    return torch.empty(rows, config.corpus.seq_len, columns, dtype=dtype, device="meta")
+    return torch.empty(rows, config.corpus.seq_len, columns, dtype=dtype, device="meta", requires_grad=True)
