@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from deepseek_ray.config import Section, StoreConfig
 
-Schedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+Schedule = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
 
 
 class BackboneConfig(Section):

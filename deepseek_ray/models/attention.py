@@ -104,7 +104,7 @@ class Attention(nn.Module):
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
         """(B, S, H * P) -> (B, H, S, P), for as many heads as this process holds."""
-        return x_BSD.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        return x_BSD.view(*x_BSD.shape[:2], -1, self.d_head).transpose(1, 2)
 
     def _visible(self, x_BSD: Tensor) -> Tensor:
         """(S, S) True where the row's position sees the column's."""

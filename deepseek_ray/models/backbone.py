@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,10 @@ from deepseek_ray.models.attention import Attention
 from deepseek_ray.models.dropout import dropout
 from deepseek_ray.models.heads.sequence import SequenceHead
 from deepseek_ray.models.layers import RMSNorm, SwiGLU
-from deepseek_ray.models.moe import MoE
-from deepseek_ray.models.recompute import recomputed
+from deepseek_ray.models.moe import Experts, MoE
+from deepseek_ray.models.recompute import Recompute, recomputed
 from deepseek_ray.models.router import Router
 
-Recompute = Literal["none", "selective", "full"]
 _STD = 0.02
 
 
@@ -59,6 +57,14 @@ class Backbone(nn.Module):
             x = self.head(x)
         return x
 
+    def set_recompute(self, mode: Recompute) -> None:
+        """Choose what the backward pass computes again (models/recompute.py)."""
+        for part in self.layers.modules():
+            if isinstance(part, Block):
+                part.recompute = mode == "full"
+            elif isinstance(part, RMSNorm | SwiGLU | Experts):
+                part.recompute = mode == "selective"
+
     def routers(self) -> dict[int, Router]:
         """The routers by number of the layer."""
         return {int(n): layer.feed.router for n, layer in self.layers.items() if isinstance(layer.feed, MoE)}
@@ -67,14 +73,13 @@ class Backbone(nn.Module):
 class Block(nn.Module):
     """Attend, then pass the experts; both on the residual stream.
 
-    ``recompute`` says which activations the backward pass computes again, ``first_position`` where this process's shard
-    of the sequence begins; whoever spreads the model sets them.
+    ``shard`` is the number of this process's part of the sequence; whoever spreads the model sets it.
     """
 
     def __init__(self, config: BackboneConfig, number: int) -> None:
         super().__init__()
         self.number, self.rate = number, config.dropout
-        self.recompute: Recompute = "none"
+        self.recompute = False
         self.shard = 0
         self.attention_norm = RMSNorm(config.d_model)
         self.attention = Attention(
@@ -87,10 +92,7 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, key_B: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._compute(x_BSD, key_B)
-        y_BSD: Tensor = recomputed(self._compute, x_BSD, key_B, selective=self.recompute == "selective")
-        return y_BSD
+        return recomputed(self._compute, x_BSD, key_B) if self.recompute else self._compute(x_BSD, key_B)
 
     def _compute(self, x_BSD: Tensor, key_B: Tensor | None) -> Tensor:
         x_BSD = x_BSD + self._dropped(self.attention(self.attention_norm(x_BSD)), key_B, 2 * self.number)

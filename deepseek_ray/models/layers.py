@@ -8,18 +8,13 @@ Weights may be sharded (DTensor): a layer computes with the shard it holds, and 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from deepseek_ray.kernels.rms_norm import rms_norm
-
-_thread = threading.local()
+from deepseek_ray.models.recompute import recomputed
 
 
 def local(weight: Tensor) -> Tensor:
@@ -32,22 +27,6 @@ def local(weight: Tensor) -> Tensor:
         return weight
     placements = [Partial() if isinstance(one, Replicate) else one for one in weight.placements]
     return weight.to_local(grad_placements=placements)
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Marks a forward pass that only recomputes activations: what counts tokens must not count them again."""
-    before = is_recomputing()
-    _thread.on = True
-    try:
-        yield
-    finally:
-        _thread.on = before
-
-
-def is_recomputing() -> bool:
-    """True inside :func:`recomputing`, in this thread."""
-    return bool(getattr(_thread, "on", False))
 
 
 class Linear(nn.Module):
@@ -69,10 +48,12 @@ class RMSNorm(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.weight_D = nn.Parameter(torch.ones(d_model))
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise; same shape."""
-        return rms_norm(x, local(self.weight_D))
+        weight_D = local(self.weight_D)
+        return recomputed(rms_norm, x, weight_D) if self.recompute else rms_norm(x, weight_D)
 
 
 class SwiGLU(nn.Module):
@@ -84,8 +65,15 @@ class SwiGLU(nn.Module):
         # W1 and W3 stacked, so that a shard of H holds the same columns of both
         self.up_2HD = nn.Parameter(up.weight_OD.detach().view(2, d_hidden, d_model))
         self.down_DH = nn.Parameter(down.weight_OD.detach())
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D); a summand of it where H is sharded."""
-        gate, value = F.linear(x, local(self.up_2HD).flatten(0, 1)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, local(self.down_DH))
+        up = F.linear(x, local(self.up_2HD).flatten(0, 1))
+        down_DH = local(self.down_DH)
+        return recomputed(_gated, up, down_DH) if self.recompute else _gated(up, down_DH)
+
+
+def _gated(up: Tensor, down_DH: Tensor) -> Tensor:
+    gate, value = up.chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * value, down_DH)

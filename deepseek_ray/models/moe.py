@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_ray.models.layers import SwiGLU, local
+from deepseek_ray.models.recompute import recomputed
 from deepseek_ray.models.router import Router
 
 Exchange: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]
@@ -68,11 +69,18 @@ class Experts(nn.Module):
         up = _uniform(num_experts, d_model, 2 * d_expert, fan_in=d_model)
         self.up_ED2I = nn.Parameter(up.view(num_experts, d_model, 2, d_expert))
         self.down_EID = nn.Parameter(_uniform(num_experts, d_expert, d_model, fan_in=d_expert))
+        self.recompute = False
 
     def forward(self, x_sD: Tensor, count_e: Tensor) -> Tensor:
         """Rows sorted by expert -> their outputs (s, D); a summand of them where I is sharded."""
-        gate_sI, value_sI = grouped_matmul(x_sD, local(self.up_ED2I).flatten(2), count_e).chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate_sI) * value_sI, local(self.down_EID), count_e)
+        up_s2I = grouped_matmul(x_sD, local(self.up_ED2I).flatten(2), count_e)
+        down_eID = local(self.down_EID)
+        return recomputed(_gated, up_s2I, down_eID, count_e) if self.recompute else _gated(up_s2I, down_eID, count_e)
+
+
+def _gated(up_s2I: Tensor, down_eID: Tensor, count_e: Tensor) -> Tensor:
+    gate_sI, value_sI = up_s2I.chunk(2, dim=-1)
+    return grouped_matmul(F.silu(gate_sI) * value_sI, down_eID, count_e)
 
 
 def grouped_matmul(x_SD: Tensor, w_EDI: Tensor, count_E: Tensor) -> Tensor:

@@ -1,53 +1,40 @@
 """Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): the backward pass computes activations again.
 
-Selective: what is dear to compute is kept (matrix products, attention, gathered sequences), the rest is
-recomputed (Korthikanti et al. 2022, arXiv:2205.05198).
+``full`` keeps a block's input only. ``selective`` keeps the results of matrix products and of attention, and computes
+again what is cheap and large: norms and the products of gates and values (Korthikanti et al. 2022, arXiv:2205.05198).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from deepseek_ray.models.layers import recomputing
-
-_aten = torch.ops.aten
-_KEPT = {
-    _aten.mm.default, _aten.addmm.default, _aten.bmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default, torch.ops._c10d_functional.all_gather_into_tensor.default,
-}  # fmt: skip
+Recompute = Literal["none", "selective", "full"]
+_thread = threading.local()
 
 
-def recomputed(compute: Callable[..., Tensor], *inputs: Tensor | None, selective: bool) -> Tensor:
-    """``compute(*inputs)`` without keeping what its backward pass can compute again."""
-    y: Tensor = checkpoint(
-        compute, *inputs, use_reentrant=False, preserve_rng_state=False,
-        context_fn=_selective_contexts if selective else _full_contexts,
-    )  # fmt: skip
+def recomputed(compute: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """``compute(*inputs)`` without keeping what its backward pass can compute again; draws no random numbers."""
+    contexts: Any = lambda: (nullcontext(), _Recomputing())  # noqa: E731
+    y: Tensor = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return y
 
 
-def _full_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), recomputing()
+def is_recomputing() -> bool:
+    """True while activations are computed again, in this thread: what counts tokens must not count them twice."""
+    return getattr(_thread, "depth", 0) > 0
 
 
-def _selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    keep, again = create_selective_checkpoint_contexts(_policy)
-    return keep, _both(again)
+class _Recomputing:
+    """Entered once for each recomputation: a schedule that splits the backward pass recomputes twice."""
 
+    def __enter__(self) -> None:
+        _thread.depth = getattr(_thread, "depth", 0) + 1
 
-@contextmanager
-def _both(again: AbstractContextManager[Any]) -> Iterator[None]:
-    with recomputing(), again:
-        yield
-
-
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    def __exit__(self, *_: object) -> None:
+        _thread.depth -= 1

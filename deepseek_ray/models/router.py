@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_ray.models.layers import is_recomputing, local
+from deepseek_ray.models.layers import local
+from deepseek_ray.models.recompute import is_recomputing
 
 _ROUTER_STD = 0.02  # gates start near 1/2, within reach of the balancing bias
 
@@ -109,7 +110,7 @@ class Router(nn.Module):
         """Put the experts of all but the best groups out of reach; a group is worth its two best experts."""
         if self.num_groups == self.top_groups:
             return biased_TE
-        grouped_TGe = biased_TE.unflatten(-1, (self.num_groups, -1))
+        grouped_TGe = biased_TE.view(len(biased_TE), self.num_groups, -1)
         worth_TG = grouped_TGe.topk(min(2, grouped_TGe.shape[-1]), dim=-1).values.sum(-1)
         best_TG = worth_TG.argsort(dim=-1, descending=True, stable=True)[:, : self.top_groups]
         kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter(-1, best_TG, True)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from deepseek_ray.config_moe import MoEConfig
-from deepseek_ray.models.backbone import Backbone, init_weights
+from deepseek_ray.models.backbone import Backbone, Block, init_weights
+from deepseek_ray.models.heads.sequence import SequenceHead
 from deepseek_ray.models.moe import MoE
 from deepseek_ray.models.router import Router
 from deepseek_ray.parallel import shard, tensor
@@ -79,7 +81,7 @@ class SpreadModel:
         count = num_micro_batches(self.config)
         losses = []
         for number, (rows, goal) in enumerate(zip(x.chunk(count), target.chunk(count), strict=True)):
-            if isinstance(model, shard.FSDPModule):  # gradients cross processes once a step
+            if isinstance(model, FSDPModule):  # gradients cross processes once a step
                 model.set_is_last_backward(number == count - 1)
                 model.set_requires_gradient_sync(number == count - 1)
             loss = self._loss(model(rows, **{k: v.chunk(count)[number] for k, v in keys.items()}), goal)
@@ -116,8 +118,7 @@ class SpreadModel:
             init_weights(piece, config, self.config.seed, prefix)
             if mesh is not None:
                 self._spread(piece, mesh)
-        for layer in part.layers.values():
-            layer.recompute = self.config.step.recompute
+        part.set_recompute(self.config.step.recompute)
         if mesh is not None:
             shard.shard_dense(part, mesh, self._policy, replicate=self._replicate, keep=True)
         return part.train()
@@ -127,9 +128,9 @@ class SpreadModel:
         if mesh.degrees.tp > 1:
             tp = mesh.dense["tp"]
             tensor.shard_weights(piece, tp, pooled=self.config.backbone.head == "classification")
-            if isinstance(piece, tensor.Block):
+            if isinstance(piece, Block):
                 tensor.split_block(piece, tp)
-            elif isinstance(piece, tensor.SequenceHead):
+            elif isinstance(piece, SequenceHead):
                 tensor.split_head(piece, tp)
             else:
                 tensor.split_adapter(piece, tp)
@@ -145,7 +146,7 @@ class SpreadModel:
         return self.config.parallel.dp_replicate > 1 and self.config.step.exchange == "all_reduce"
 
     @property
-    def _policy(self) -> shard.MixedPrecisionPolicy:
+    def _policy(self) -> MixedPrecisionPolicy:
         return shard.precision_policy(self.compute)
 
 

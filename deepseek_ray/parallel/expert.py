@@ -1,4 +1,4 @@
-"""The expert axis (ep): each process holds some experts, tokens travel to theirs and back. Nothing is padded or dropped.
+"""The expert axis (ep): each process holds some experts, tokens travel to theirs and back. Nothing is dropped.
 
 Legend: S chosen (token, expert) pairs of this process, s pairs that reach its experts, D width, E experts, e experts
 here, R processes of the axis.

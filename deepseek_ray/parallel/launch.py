@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from deepseek_ray.errors import EnvironmentProblemError
 
@@ -86,12 +87,12 @@ def _child(
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size,
+            "gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
         pipe.send((True, work(*arguments)))
         dist.barrier()  # nobody leaves while others still need its connections
-    except BaseException:  # noqa: BLE001  sent to the parent, which raises it
+    except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()

@@ -42,7 +42,7 @@ class Mesh:
         """
         if dist.get_world_size() != degrees.world:
             raise ConfigError(
-                f"pp * dp_replicate * dp_shard * tp = {degrees.world}, but there are {dist.get_world_size()} processes.",
+                f"pp * dp_replicate * dp_shard * tp = {degrees.world}, not the {dist.get_world_size()} processes here.",
                 fix="change a degree or the number of workers",
             )
         world = init_device_mesh(device, (degrees.world,), mesh_dim_names=("world",))

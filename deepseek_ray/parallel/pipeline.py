@@ -45,13 +45,13 @@ class Pipeline:
         loss: Any,
     ) -> None:  # fmt: skip
         total = num_stages(config.parallel)
-        stages = [
-            PipelineStage(
-                part, stage, total, device, input_args=_input(config, stage, dtype),
-                output_args=_output(config, stage, total, dtype), group=mesh.group("pp"),
-            )  # fmt: skip
-            for stage, part in parts.items()
-        ]
+        stages = []
+        for stage, part in parts.items():
+            shapes: dict[str, Any] = {
+                "input_args": _input(config, stage, dtype),
+                "output_args": _output(config, stage, total, dtype),
+            }
+            stages.append(PipelineStage(part, stage, total, device, group=mesh.group("pp"), **shapes))
         kind = get_schedule_class(config.parallel.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
         chosen: Any = stages[0] if single else stages

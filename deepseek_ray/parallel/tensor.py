@@ -61,7 +61,7 @@ def shard_weights(module: nn.Module, mesh: DeviceMesh, *, pooled: bool = False) 
 def split_adapter(adapter: nn.Module, mesh: DeviceMesh) -> None:
     """The adapter's output becomes this process's part of the sequence."""
     if isinstance(adapter, TokenAdapter):
-        adapter.embed.forward = _ShardedEmbedding(adapter.embed, mesh)  # type: ignore[method-assign]
+        adapter.embed.forward = _ShardedEmbedding(adapter.embed, mesh)  # type: ignore[assignment]
         return
 
     def keep_part(_: nn.Module, __: Any, y_BSD: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def clip_by_global_norm(
 
 @torch.no_grad()
 def clip_by_unit(parameters: Iterable[tuple[str, nn.Parameter]], ratio: float) -> None:
-    """Adaptive clipping (Brock et al. 2021, arXiv:2102.06171): a unit's gradient norm at most ``ratio`` of its weight's.
+    """Adaptive clipping (Brock et al. 2021, arXiv:2102.06171): a unit's gradient is at most ``ratio`` of its weight.
 
     A unit is one output of a matrix. Weights of one dimension are left alone.
 

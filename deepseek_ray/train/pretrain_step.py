@@ -1,4 +1,4 @@
-"""One step of pretraining on this process's share of the model: gradients, clipping, AdamW, balance. No Ray, no files."""
+"""One step of pretraining on this process's share of the model: gradients, clipping, AdamW, balance. No Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from deepseek_ray.config_moe import MoEConfig, StepConfig
@@ -97,7 +97,8 @@ class Stepper:
 
 def make_adamw(model: SpreadModel, settings: StepConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on the shards; norms and routers do not decay."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
         (free if weight.ndim < 2 or "router" in name else decayed).append(weight)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
