@@ -102,7 +102,7 @@ def check_mesh(config: MoEConfig) -> None:
         _divides("backbone.vocab_size", shape.vocab_size, "parallel.tp", tp)
     _divides("step.batch_size", step.batch_size, "dp_replicate * dp_shard * step.micro_batch_size", rows)
     local_experts, efsdp = shape.num_experts // degrees.ep, degrees.dp_shard // degrees.ep
-    if local_experts % efsdp and shape.d_model % efsdp:
+    if degrees.ep > 1 and local_experts % efsdp:  # then they are dealt by width
         _divides("backbone.d_model", shape.d_model, "dp_shard / ep", efsdp)
     if degrees.pp > 1:
         _check_pipeline(config)

@@ -36,9 +36,10 @@ def shard_experts(experts: Experts, mesh: Mesh, policy: MixedPrecisionPolicy, *,
             sharded = distribute_tensor(weight.detach(), mesh.sparse[axes], places, src_data_rank=None)
             experts.register_parameter(name, nn.Parameter(sharded))
     here, size = experts.up_ED2I.shape[0] // mesh.degrees.ep, mesh.degrees.dp_shard // mesh.degrees.ep
-    # by expert where that comes out even, else by model width: up is (E, D, 2, I), down is (E, I, D)
+    # by expert, or, where that is uneven, by model width if it can be: up is (E, D, 2, I), down is (E, I, D)
     by_width = {weight: Shard(1 if weight.ndim == 4 else 2) for weight in experts.parameters()}
-    choose = None if here % size == 0 else by_width.__getitem__
+    even = here % size == 0 or experts.down_EID.shape[2] % size
+    choose = None if even else by_width.__getitem__
     _fully_shard(experts, mesh.sparse, "efsdp", policy, replicate=replicate, keep=keep, shard_placement_fn=choose)
 
 

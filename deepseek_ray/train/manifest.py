@@ -1,0 +1,89 @@
+"""What makes a checkpoint folder complete: a manifest, written last, with the sha256 of every file.
+
+The newest folder whose files all match wins; a torn or changed one is skipped with a warning, and an older one is used.
+This is our own commit: a report to Ray Train is none, because a crash right after it loses the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_ray.errors import CheckpointError
+from deepseek_ray.logs import get_logger
+from deepseek_ray.paths import sync
+
+MANIFEST = "manifest.json"
+_log = get_logger(__name__)
+
+
+def commit(target: Path, content: Mapping[str, Any]) -> None:
+    """Declare a folder complete; ``content`` is plain data to keep with it."""
+    names = sorted(path.name for path in target.iterdir() if path.name != MANIFEST)
+    for name in names:
+        sync(target / name)
+    files = {name: _sha256(target / name) for name in names}
+    draft = target / f".{MANIFEST}"
+    draft.write_text(json.dumps({**content, "files": files}, indent=2, sort_keys=True), encoding="utf-8")
+    sync(draft)
+    os.replace(draft, target / MANIFEST)
+    sync(target)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a complete folder; ``files`` maps names to digests.
+
+    Raises:
+        CheckpointError: the manifest is missing or broken, or a file is missing, changed or not in it.
+    """
+    try:
+        content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        changed = [name for name, digest in content["files"].items() if _sha256(path / name) != digest]
+        changed += sorted({file.name for file in path.iterdir()} - {MANIFEST, *content["files"]})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"Checkpoint {str(path)!r} is torn: {error}.", fix="use an older one") from error
+    if changed:
+        raise CheckpointError(f"Checkpoint {str(path)!r} has changed files: {changed}.", fix="use an older one")
+    return content
+
+
+def newest(folder: Path, prefix: str, fingerprint: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete folder ``prefix-NNNNNN`` that carries the fingerprint, and its manifest; None without one.
+
+    Args:
+        folder: checkpoints of one job.
+        prefix: of their names.
+        fingerprint: ``content["notes"]["fingerprint"]`` of those that may be used.
+    """
+    for path in folders(folder, prefix):
+        try:
+            content = read(path)
+        except CheckpointError as error:
+            _log.warning("skipped a checkpoint: %s", error)
+            continue
+        if dict(content.get("notes", {})).get("fingerprint") == fingerprint:
+            return path, content
+        _log.info("skipped %s: it belongs to other data or settings", path)
+    return None
+
+
+def folders(folder: Path, prefix: str) -> list[Path]:
+    """Folders ``prefix-NNNNNN``, newest first, complete or not."""
+    found = folder.glob(f"{prefix}-" + "[0-9]" * 6) if folder.is_dir() else ()
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def prune(folder: Path, prefix: str, keep: int) -> None:
+    """Drop all but the ``keep`` newest."""
+    for old in folders(folder, prefix)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

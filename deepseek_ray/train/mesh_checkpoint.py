@@ -1,0 +1,159 @@
+"""Checkpoints of a spread model that any other mesh can load: weights, router biases, AdamW's moments, the step.
+
+torch.distributed.checkpoint writes them, each process its own shards, in safetensors (no pickle). Names are those of
+the whole model, positions those in the whole tensors, so a mesh does not show. The manifest (train/manifest.py) commits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from deepseek_ray.errors import CheckpointError
+from deepseek_ray.parallel.apply import SpreadModel
+from deepseek_ray.train import manifest
+
+PREFIX = "step"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def tensors_of(model: SpreadModel, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, by name; shards are DTensors. Missing moments are created as zeros."""
+    found: dict[str, Tensor] = {}
+    for name, weight in model.named_parameters():
+        found[f"model.{name}"] = weight.detach()
+        state = optimiser.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())
+            state.update({moment: torch.zeros_like(weight) for moment in _MOMENTS})
+        found |= {f"optimiser.{moment}.{name}": state[moment] for moment in _MOMENTS}
+    return found | {f"model.layers.{number}.feed.router.bias_E": r.bias_E for number, r in model.routers().items()}
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one job, in the background where asked. Every process makes one, at the same time.
+
+    Args:
+        folder: of the job; storage that every process sees.
+        fingerprint: of the job's settings and data.
+        keep: complete checkpoints that stay.
+        background: write while training goes on; the next save, and ``close``, wait for it.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, keep: int = 2, background: bool = False) -> None:
+        self.folder, self.fingerprint, self.keep, self.background = folder, fingerprint, keep, background
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # beside training's own
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, done: int, model: SpreadModel, optimiser: torch.optim.AdamW) -> None:
+        """Write the state after ``done`` steps.
+
+        Raises:
+            CheckpointError: this or the previous one could not be written.
+        """
+        self.close()
+        tensors = tensors_of(model, optimiser)
+        if self.background:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            self._thread = threading.Thread(target=self._guarded, args=(done, tensors), name="checkpoint")
+            self._thread.start()
+        else:
+            self._guarded(done, tensors)
+            self.close()
+
+    def close(self) -> None:
+        """Wait for a checkpoint under way.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(
+                f"A checkpoint in {str(self.folder)!r} cannot be written: {_reason(error)}.",
+                fix="free space or change permissions; the last complete one is still there",
+            ) from error
+
+    def _guarded(self, done: int, tensors: dict[str, Tensor]) -> None:
+        try:
+            self._write(done, tensors)
+        except (OSError, CheckpointException, RuntimeError) as error:  # raised again by close()
+            self._error = error
+
+    def _write(self, done: int, tensors: dict[str, Tensor]) -> None:
+        target = self.folder / f"{PREFIX}-{done:06d}"
+        first = self._group is None or dist.get_rank() == 0
+        if first:
+            shutil.rmtree(target, ignore_errors=True)  # a torn one from before a crash
+            target.mkdir(parents=True)
+        self._barrier()
+        writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        self._barrier()
+        if first:
+            manifest.commit(target, {"step": done, "notes": {"fingerprint": self.fingerprint}})
+            manifest.prune(self.folder, PREFIX, self.keep)
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+def load_newest(folder: Path, fingerprint: str, model: SpreadModel, optimiser: torch.optim.AdamW) -> int:
+    """Load the newest complete checkpoint of a job into a model on any mesh; returns the steps done, 0 without one.
+
+    Raises:
+        CheckpointError: its tensors are not those of the model.
+    """
+    found = manifest.newest(folder, PREFIX, fingerprint) if _is_first() else None
+    chosen: list[Any] = [found and (str(found[0]), int(found[1]["step"]))]
+    if dist.is_initialized():  # one process looks, so that all load the same
+        dist.broadcast_object_list(chosen, src=0)
+    if chosen[0] is None:
+        return 0
+    path, done = chosen[0]
+    load(Path(path), done, model, optimiser)
+    return int(done)
+
+
+def load(path: Path, done: int, model: SpreadModel, optimiser: torch.optim.AdamW) -> None:
+    """Load one checkpoint folder in place.
+
+    Raises:
+        CheckpointError: its tensors are not those of the model.
+    """
+    tensors = tensors_of(model, optimiser)
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"Checkpoint {str(path)!r} does not hold this model: {_reason(error)}.",
+            fix="use the settings it was made with",
+        ) from error
+    for _, weight in model.named_parameters():
+        optimiser.state[weight]["step"].fill_(float(done))
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something, of an error that may carry one of each process."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
