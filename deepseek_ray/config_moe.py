@@ -118,6 +118,7 @@ class StepConfig(Section):
     )
     top_k_fraction: float = Field(0.05, gt=0, le=1, description="share of the gradient that top_k sends")
     checkpoint_every: int = Field(50, ge=1, description="steps")
+    background_checkpoints: bool = Field(False, description="write while training goes on")
     keep_checkpoints: int = Field(2, ge=1)
 
 

@@ -65,7 +65,7 @@ def split_adapter(adapter: nn.Module, mesh: DeviceMesh) -> None:
         return
 
     def keep_part(_: nn.Module, __: Any, y_BSD: Tensor) -> Tensor:
-        return y_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+        return y_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].clone()  # FSDP wants no view
 
     adapter.register_forward_hook(keep_part)
 
@@ -108,7 +108,7 @@ class _ShardedEmbedding:
         slot_BS = token_BS - self.mesh.get_local_rank() * len(table_VD)
         here_BS = (slot_BS >= 0) & (slot_BS < len(table_VD))
         found_BSD = nn.functional.embedding(slot_BS.where(here_BS, 0), table_VD) * here_BS.unsqueeze(-1)
-        return scatter_sequence(found_BSD, self.mesh)
+        return scatter_sequence(found_BSD, self.mesh).clone()  # FSDP wants no view
 
 
 def cross_entropy(logit_NV: Tensor, target_N: Tensor, group: dist.ProcessGroup | None) -> Tensor:

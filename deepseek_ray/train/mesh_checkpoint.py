@@ -1,7 +1,7 @@
 """Checkpoints of a spread model that any other mesh can load: weights, router biases, AdamW's moments, the step.
 
 torch.distributed.checkpoint writes them, each process its own shards, in safetensors (no pickle). Names are those of
-the whole model, positions those in the whole tensors, so a mesh does not show. The manifest (train/manifest.py) commits.
+the whole model, positions those in the whole tensors: a mesh does not show. The manifest (train/manifest.py) commits.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.parallel.apply import SpreadModel
@@ -101,7 +102,7 @@ class CheckpointWriter:
             target.mkdir(parents=True)
         self._barrier()
         writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        save_shards(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         self._barrier()
         if first:
             manifest.commit(target, {"step": done, "notes": {"fingerprint": self.fingerprint}})
@@ -138,7 +139,7 @@ def load(path: Path, done: int, model: SpreadModel, optimiser: torch.optim.AdamW
     """
     tensors = tensors_of(model, optimiser)
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"Checkpoint {str(path)!r} does not hold this model: {_reason(error)}.",

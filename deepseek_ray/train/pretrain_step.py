@@ -14,6 +14,7 @@ from deepseek_ray.data.samples import Samples
 from deepseek_ray.models.dropout import sample_keys
 from deepseek_ray.parallel.apply import SpreadModel, joined_counts
 from deepseek_ray.train.clip import clip_by_global_norm, clip_by_unit
+from deepseek_ray.train.precision import LossScale, unscale
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class StepReport:
     Attributes:
         step: number, from 0.
         loss: mean cross-entropy of the global batch, before the update.
-        grad_norm: before clipping.
+        grad_norm: before clipping; infinite when the gradients overflowed and the weights stayed.
         lr: learning rate used.
         load: layer -> tokens of each expert.
     """
@@ -47,17 +48,24 @@ class Stepper:
     def __init__(self, config: MoEConfig, model: SpreadModel, samples: Samples) -> None:
         self.config, self.model, self.samples = config, model, samples
         self.optimiser = make_adamw(model, config.step)
+        self.scale = LossScale() if model.compute == torch.float16 else None
+        if self.scale is not None:
+            model.loss_scale = self.scale.value
 
     def step(self, number: int) -> StepReport:
         """Run step ``number``; the batch follows from the number alone."""
+        return self.update(number, self.backward(number))
+
+    def update(self, number: int, loss: float) -> StepReport:
+        """Clip the gradients of step ``number``, move the weights by them, balance the experts."""
         settings = self.config.step
-        self.optimiser.zero_grad(set_to_none=True)
-        loss = self.backward(number)
-        norm = self._clip()
         lr = learning_rate(number, settings)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        self.optimiser.step()
+        norm = math.inf
+        if self._finite():
+            norm = self._clip()
+            self.optimiser.step()
         load = joined_counts(self.model)
         for layer, router in self.model.routers().items():
             router.balance(load[layer], self.config.backbone.bias_rate)
@@ -65,6 +73,7 @@ class Stepper:
 
     def backward(self, number: int) -> float:
         """Gradients of step ``number``; returns the global batch's mean loss."""
+        self.optimiser.zero_grad(set_to_none=True)
         mesh = self.model.mesh
         rank = mesh.rank("dp") if mesh else 0
         share = self.config.step.batch_size // self.config.parallel.data
@@ -85,6 +94,15 @@ class Stepper:
             if self.config.backbone.head == "classification":
                 loss = loss * mesh.degrees.tp
         return float(loss)
+
+    def _finite(self) -> bool:
+        """Take the loss scale out of the gradients; False when they overflowed and the step must be left out."""
+        if self.scale is None:
+            return True
+        finite = unscale([weight for _, weight in self.model.named_parameters()], self.scale.value)
+        self.scale.update(finite=finite)
+        self.model.loss_scale = self.scale.value
+        return finite
 
     def _clip(self) -> float:
         settings, mesh = self.config.step, self.model.mesh

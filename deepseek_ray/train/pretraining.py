@@ -1,0 +1,85 @@
+"""A whole pretraining in one process of the mesh: build, resume, step, checkpoint. No Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from deepseek_ray.config_moe import BackboneConfig, MoEConfig
+from deepseek_ray.data.samples import Samples
+from deepseek_ray.errors import ConfigError
+from deepseek_ray.parallel.apply import SpreadModel
+from deepseek_ray.parallel.mesh import Mesh
+from deepseek_ray.train.mesh_checkpoint import CheckpointWriter, load_newest
+from deepseek_ray.train.precision import precision_of
+from deepseek_ray.train.pretrain_step import Stepper, StepReport
+
+_FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "recompute"}
+OnStep = Callable[[StepReport], None]
+
+
+def make_stepper(config: MoEConfig, samples: Samples, device: torch.device) -> Stepper:
+    """This process's share of the model with its optimiser; the default process group, if any, is the mesh."""
+    mesh = Mesh.build(config.parallel, device.type) if dist.is_initialized() else None
+    weights, compute = precision_of(config.step.precision, device)
+    return Stepper(config, SpreadModel(config, mesh, device, weights, compute), samples)
+
+
+def pretrain(
+    config: MoEConfig, samples: Samples, folder: Path, *, data_digest: str, device: torch.device, on_step: OnStep
+) -> int:
+    """Train up to ``step.steps``, from the newest complete checkpoint on; returns the step it started with.
+
+    Args:
+        config: everything.
+        samples: the data, the same on every process.
+        folder: of the checkpoints; storage that every process sees.
+        data_digest: of the samples; a checkpoint of other data is not resumed.
+        device: of this process.
+        on_step: called after every step, on every process.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be written, or the newest one holds another model.
+    """
+    stepper = make_stepper(config, samples, device)
+    print_ = fingerprint(config, data_digest)
+    settings = config.step
+    start = load_newest(folder, print_, stepper.model, stepper.optimiser)
+    writer = CheckpointWriter(
+        folder, print_, keep=settings.keep_checkpoints, background=settings.background_checkpoints
+    )
+    for number in range(start, settings.steps):
+        on_step(stepper.step(number))
+        if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
+            writer.save(number + 1, stepper.model, stepper.optimiser)
+    writer.close()
+    return start
+
+
+def fingerprint(config: MoEConfig, data_digest: str) -> str:
+    """What a checkpoint must share with a job to be resumed: all but the mesh and the cluster."""
+    step = config.step.model_dump(exclude=_FREE)
+    parts: dict[str, Any] = {
+        "seed": config.seed, "backbone": config.backbone.model_dump(), "step": step,
+        "seq_len": config.corpus.seq_len, "data": data_digest,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_vocabulary(shape: BackboneConfig, needed: int) -> None:
+    """Refuse a model that has no vector for some token of the data.
+
+    Raises:
+        ConfigError: the vocabulary is too small.
+    """
+    if shape.vocab_size < needed:
+        raise ConfigError(
+            f"backbone.vocab_size = {shape.vocab_size}, the corpus has {needed} tokens.",
+            fix=f"set it to {needed} or more",
+        )
