@@ -28,7 +28,7 @@ from deepseek_ray.train.worker import train_loop
 
 MOE, DENSE = "moe", "dense"
 _GROUP_TIMEOUT_S = 120
-_TRAIN_ENVIRONMENT = {
+TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
 }
@@ -124,7 +124,7 @@ def make_jobs(dataset_path: Path, config: Config, folder: Path, service: str = "
 def _run_on_ray(
     jobs: list[Job], config: Config, name: str, paths: RunPaths, callbacks: Sequence[ray.train.UserCallback]
 ) -> None:
-    for key, value in _TRAIN_ENVIRONMENT.items():
+    for key, value in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     train = config.train
     trainer = TorchTrainer(

@@ -1,0 +1,142 @@
+"""From a config to a pretrained model: starts the workers on Ray Train and follows what they note."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+from tqdm import tqdm
+
+from deepseek_ray.config_moe import MoEConfig
+from deepseek_ray.data.corpus import VOCAB_SIZE, Corpus
+from deepseek_ray.parallel.mesh import check_mesh
+from deepseek_ray.train.pretrain_worker import PROGRESS, pretrain_loop, run_here
+from deepseek_ray.train.pretraining import check_vocabulary
+from deepseek_ray.train.trainer import TRAIN_ENVIRONMENT, local_cluster, worker_environment
+
+OnLines = Callable[[list[dict[str, Any]]], None]
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a pretraining left.
+
+    Attributes:
+        folder: of checkpoints and progress.
+        data_digest: of the corpus.
+        first_loss: of the first step.
+        last_loss: of the last one.
+        wall_s: seconds, the start of the workers included.
+    """
+
+    folder: Path
+    data_digest: str
+    first_loss: float
+    last_loss: float
+    wall_s: float
+
+
+def pretrain_on_ray(config: MoEConfig, folder: Path, *, on_lines: OnLines | None = None) -> PretrainResult:
+    """Train to ``step.steps``; run again, it goes on where it stopped. One process alone trains without Ray.
+
+    Args:
+        config: everything.
+        folder: of checkpoints and progress; on a cluster, storage that every node sees.
+        on_lines: called with the new progress lines now and then.
+
+    Raises:
+        ConfigError: the mesh, the batch or the vocabulary does not fit.
+        ray.train.TrainingFailedError: workers failed more than ``cluster.max_failures`` times.
+    """
+    start = time.perf_counter()
+    check_mesh(config)
+    check_vocabulary(config.backbone, VOCAB_SIZE)
+    digest = Corpus(config.corpus, config.seed).digest
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _following(folder / PROGRESS, config.step.steps, on_lines):
+        if config.parallel.world == 1 and not config.cluster.num_workers:
+            torch.set_num_threads(max(config.cluster.threads_per_worker, os.cpu_count() or 1))
+            run_here(config, folder, digest)
+        else:
+            _run_on_ray(config, folder, digest)
+    lines = read_progress(folder / PROGRESS)
+    first, last = lines[0]["loss"], lines[config.step.steps - 1]["loss"]
+    return PretrainResult(folder, digest, first, last, time.perf_counter() - start)
+
+
+def read_progress(file: Path) -> dict[int, dict[str, Any]]:
+    """The lines by step; of a step that was done twice, the later one."""
+    if not file.is_file():
+        return {}
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    lines = [json.loads(line) for line in whole.splitlines() if line]
+    return {line["step"]: line for line in lines}
+
+
+def _run_on_ray(config: MoEConfig, folder: Path, digest: str) -> None:
+    for key, value in TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    cluster = config.cluster
+    most = cluster.num_workers or config.parallel.world
+    elastic = bool(cluster.min_workers)
+    gpu = torch.cuda.is_available()
+    trainer = TorchTrainer(
+        pretrain_loop,
+        train_loop_config={"config": config.model_dump(), "folder": str(folder), "data_digest": digest},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(cluster.min_workers, most) if elastic else most,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cluster.threads_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.timeout_s),
+        run_config=ray.train.RunConfig(
+            name=f"moe-{time.time_ns()}",  # our manifests decide what is resumed, not Ray's state
+            storage_path=str(folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": worker_environment(cluster.threads_per_worker)},
+        ),
+    )
+    with local_cluster(most * cluster.threads_per_worker):
+        trainer.fit()
+
+
+@contextmanager
+def _following(file: Path, steps: int, on_lines: OnLines | None) -> Iterator[None]:
+    """A bar over the steps, advanced by the lines that the first worker writes."""
+    done = threading.Event()
+    known = len(read_progress(file))
+    with tqdm(total=steps, initial=min(known, steps), desc="train", unit="step") as bar:
+        follower = threading.Thread(target=_follow, args=(file, bar, on_lines, done), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            done.set()
+            follower.join()
+
+
+def _follow(file: Path, bar: Any, on_lines: OnLines | None, done: threading.Event) -> None:
+    seen = max(read_progress(file), default=-1)
+    last = False
+    while not last:
+        last = done.wait(_POLL_S)  # one more look after the end
+        lines = read_progress(file)
+        new = [line for step, line in lines.items() if step > seen]
+        if new:
+            seen = max(lines)
+            bar.n = seen + 1
+            bar.set_postfix_str(f"loss {new[-1]['loss']:.3f}, {new[-1]['tokens_per_s']:.0f} tokens/s")
+            if on_lines is not None:
+                on_lines(new)

@@ -1,0 +1,106 @@
+"""The bridge between pretraining and Ray Train: what runs in each worker process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from deepseek_ray.config_moe import MoEConfig
+from deepseek_ray.data.corpus import Corpus
+from deepseek_ray.errors import DataError
+from deepseek_ray.parallel.resize import fit_mesh
+from deepseek_ray.train.pretrain_step import StepReport
+from deepseek_ray.train.pretraining import pretrain
+
+PROGRESS = "progress.jsonl"
+
+
+def pretrain_loop(settings: dict[str, Any]) -> None:
+    """Train on the largest mesh that the workers of this start make; the spare ones leave at once.
+
+    Args:
+        settings: ``config`` (plain), ``folder``, ``data_digest``.
+
+    Raises:
+        DataError: this node's corpus is not the driver's.
+    """
+    config = fit_mesh(MoEConfig.model_validate(settings["config"]), dist.get_world_size())
+    torch.set_num_threads(config.cluster.threads_per_worker)
+    if _leave_spares(config):
+        return
+    run_here(config, Path(settings["folder"]), settings["data_digest"])
+
+
+def run_here(config: MoEConfig, folder: Path, data_digest: str) -> None:
+    """Train in this process, which is one of the mesh or all of it; the first one notes the progress.
+
+    Raises:
+        DataError: the corpus here is not the driver's.
+    """
+    corpus = Corpus(config.corpus, config.seed)
+    if corpus.digest != data_digest:
+        raise DataError(
+            f"The corpus on {socket.gethostname()!r} has digest {corpus.digest[:12]}, the driver's {data_digest[:12]}.",
+            fix="set corpus.folder to storage that every node sees",
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    note = noter(folder / PROGRESS, config) if not dist.is_initialized() or dist.get_rank() == 0 else _ignore
+    pretrain(config, corpus, folder, data_digest=data_digest, device=device, on_step=note)
+
+
+def noter(file: Path, config: MoEConfig) -> Callable[[StepReport], None]:
+    """Appends one JSON line a step: figures of the step, tokens a second, processes of the mesh."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    last = time.perf_counter()
+
+    def note(report: StepReport) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        tokens = config.step.batch_size * config.corpus.seq_len
+        shares = [min(counts) / sum(counts) for counts in report.load.values()]
+        line = {
+            "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
+            "min_expert_load": min(shares, default=None), "tokens_per_s": tokens / (now - last),
+            "world_size": config.parallel.world,
+        }  # fmt: skip
+        last = now
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    return note
+
+
+def _leave_spares(config: MoEConfig) -> bool:
+    """Make the process group one of the mesh's processes only; True for a process that is not needed."""
+    world, offered, rank = config.parallel.world, dist.get_world_size(), dist.get_rank()
+    if world == offered:
+        return False
+    timeout, backend = timedelta(seconds=config.cluster.timeout_s), dist.get_backend()
+    address: list[Any] = [_free_address() if rank == 0 else None]
+    dist.broadcast_object_list(address, src=0)
+    dist.destroy_process_group()
+    if rank >= world:
+        return True
+    url = f"tcp://{address[0]}"
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world, timeout=timeout)
+    return False
+
+
+def _free_address() -> str:
+    host = os.environ["MASTER_ADDR"]
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def _ignore(_: StepReport) -> None:
+    pass
