@@ -13,6 +13,7 @@ from deepseek_ray.config_moe import MoEConfig, StepConfig
 from deepseek_ray.data.samples import Samples
 from deepseek_ray.models.dropout import sample_keys
 from deepseek_ray.parallel.apply import SpreadModel, joined_counts
+from deepseek_ray.parallel.exchange import GradientExchange
 from deepseek_ray.train.clip import clip_by_global_norm, clip_by_unit
 from deepseek_ray.train.precision import LossScale, unscale
 
@@ -43,10 +44,13 @@ class Stepper:
         config: everything.
         model: this process's share.
         samples: the whole data set, by sample number.
+        exchange: sums gradients over dp_replicate; None where the backward pass does.
     """
 
-    def __init__(self, config: MoEConfig, model: SpreadModel, samples: Samples) -> None:
-        self.config, self.model, self.samples = config, model, samples
+    def __init__(
+        self, config: MoEConfig, model: SpreadModel, samples: Samples, exchange: GradientExchange | None = None
+    ) -> None:
+        self.config, self.model, self.samples, self.exchange = config, model, samples, exchange
         self.optimiser = make_adamw(model, config.step)
         self.scale = LossScale() if model.compute == torch.float16 else None
         if self.scale is not None:
@@ -59,6 +63,9 @@ class Stepper:
     def update(self, number: int, loss: float) -> StepReport:
         """Clip the gradients of step ``number``, move the weights by them, balance the experts."""
         settings = self.config.step
+        if self.exchange is not None:
+            last = (number + 1) % settings.checkpoint_every == 0  # a checkpoint must hold all there is
+            self.exchange.sum_gradients(list(self.model.named_parameters()), flush=last)
         lr = learning_rate(number, settings)
         for group in self.optimiser.param_groups:
             group["lr"] = lr

@@ -18,6 +18,7 @@ from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.data.corpus import Corpus
 from deepseek_ray.errors import DataError
 from deepseek_ray.parallel.resize import fit_mesh
+from deepseek_ray.train.parameter_server import ParameterServer
 from deepseek_ray.train.pretrain_step import StepReport
 from deepseek_ray.train.pretraining import pretrain
 
@@ -54,7 +55,12 @@ def run_here(config: MoEConfig, folder: Path, data_digest: str) -> None:
         )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     note = noter(folder / PROGRESS, config) if not dist.is_initialized() or dist.get_rank() == 0 else _ignore
-    pretrain(config, corpus, folder, data_digest=data_digest, device=device, on_step=note)
+    # a restart has another coordinator, hence other servers: rounds of a dead group never mix with its own
+    job = f"gradients-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
+    pretrain(
+        config, corpus, folder, data_digest=data_digest, device=device, on_step=note,
+        make_server=lambda mesh: ParameterServer(mesh, job, config.cluster.timeout_s),
+    )  # fmt: skip
 
 
 def noter(file: Path, config: MoEConfig) -> Callable[[StepReport], None]:

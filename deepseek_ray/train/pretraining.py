@@ -15,6 +15,7 @@ from deepseek_ray.config_moe import BackboneConfig, MoEConfig
 from deepseek_ray.data.samples import Samples
 from deepseek_ray.errors import ConfigError
 from deepseek_ray.parallel.apply import SpreadModel
+from deepseek_ray.parallel.exchange import GradientExchange, TopK
 from deepseek_ray.parallel.mesh import Mesh
 from deepseek_ray.train.mesh_checkpoint import CheckpointWriter, load_newest
 from deepseek_ray.train.precision import precision_of
@@ -24,15 +25,45 @@ _FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background
 OnStep = Callable[[StepReport], None]
 
 
-def make_stepper(config: MoEConfig, samples: Samples, device: torch.device) -> Stepper:
-    """This process's share of the model with its optimiser; the default process group, if any, is the mesh."""
+MakeServer = Callable[[Mesh], GradientExchange]
+
+
+def make_stepper(
+    config: MoEConfig, samples: Samples, device: torch.device, make_server: MakeServer | None = None
+) -> Stepper:
+    """This process's share of the model with its optimiser; the default process group, if any, is the mesh.
+
+    Raises:
+        ConfigError: the settings ask for a parameter server where there is no cluster.
+    """
     mesh = Mesh.build(config.parallel, device.type) if dist.is_initialized() else None
     weights, compute = precision_of(config.step.precision, device)
-    return Stepper(config, SpreadModel(config, mesh, device, weights, compute), samples)
+    model = SpreadModel(config, mesh, device, weights, compute)
+    return Stepper(config, model, samples, _make_exchange(config, mesh, make_server))
+
+
+def _make_exchange(config: MoEConfig, mesh: Mesh | None, make_server: MakeServer | None) -> GradientExchange | None:
+    kind = config.step.exchange
+    if mesh is None or config.parallel.dp_replicate == 1 or kind == "all_reduce":
+        return None
+    if kind == "top_k":
+        return TopK(mesh.group("dp_replicate"), config.step.top_k_fraction)
+    if make_server is None:
+        raise ConfigError(
+            "step.exchange = 'parameter_server' needs Ray.", fix="train with python -m pipelines.moe.train"
+        )
+    return make_server(mesh)
 
 
 def pretrain(
-    config: MoEConfig, samples: Samples, folder: Path, *, data_digest: str, device: torch.device, on_step: OnStep
+    config: MoEConfig,
+    samples: Samples,
+    folder: Path,
+    *,
+    data_digest: str,
+    device: torch.device,
+    on_step: OnStep,
+    make_server: MakeServer | None = None,
 ) -> int:
     """Train up to ``step.steps``, from the newest complete checkpoint on; returns the step it started with.
 
@@ -43,11 +74,12 @@ def pretrain(
         data_digest: of the samples; a checkpoint of other data is not resumed.
         device: of this process.
         on_step: called after every step, on every process.
+        make_server: connects to a parameter server, where the settings ask for one.
 
     Raises:
         CheckpointError: a checkpoint cannot be written, or the newest one holds another model.
     """
-    stepper = make_stepper(config, samples, device)
+    stepper = make_stepper(config, samples, device, make_server)
     print_ = fingerprint(config, data_digest)
     settings = config.step
     start = load_newest(folder, print_, stepper.model, stepper.optimiser)
