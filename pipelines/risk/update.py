@@ -30,7 +30,7 @@ from deepseek_ray.online.gate import GateDecision, decide
 from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.threshold import budget_threshold
-from deepseek_ray.online.updater import UpdateResult, not_remembered, remember, warm_start
+from deepseek_ray.online.updater import UpdateResult, correct, not_remembered, remember, warm_start
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Probes, Registry, Run, VersionInfo, git_commit
 from deepseek_ray.serving.champion import THRESHOLD_TAG
@@ -58,6 +58,7 @@ def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: s
     champion = registry.get(CHAMPION)
     served = matured_rows(paths, champion.schema.columns, champion.schema.feature_digest, config.data.label_delay_days)
     memory, old = _memory(config, paths)
+    num_corrected = correct(memory, served)
     new, held_out = not_remembered(memory, served).split_tail(config.update.holdout_fraction)
     target = paths.root / "challenger"
     made = warm_start(champion.path, new, memory, target, config.update, config.train, seed=config.seed)
@@ -74,7 +75,7 @@ def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: s
         "checks": [asdict(check) for check in decision.checks], "mlflow_run_id": run.run_id,
         "tracking_uri": registry.tracking.shown_uri, "seconds_label_to_live": time.perf_counter() - start,
         "rows_new": made.num_new, "rows_replayed": made.num_replayed, "rows_holdout": len(held_out),
-        "trained_until_us": int(held_out.order_us.max()),
+        "rows_corrected": num_corrected, "trained_until_us": int(held_out.order_us.max()),
     }  # fmt: skip
     _log(paths, run, stage, made)
     return stage
