@@ -26,10 +26,9 @@ from deepseek_ray.config import Config
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.served import matured_rows
 from deepseek_ray.errors import ServingError
-from deepseek_ray.online.gate import GateDecision, decide
-from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.threshold import budget_threshold
+from deepseek_ray.online.trial import judge
 from deepseek_ray.online.updater import UpdateResult, correct, not_remembered, remember, warm_start
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Probes, Registry, Run, VersionInfo, git_commit
@@ -63,7 +62,7 @@ def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: s
     target = paths.root / "challenger"
     made = warm_start(champion.path, new, memory, target, config.update, config.train, seed=config.seed)
     info = _register(registry, run, made, new, held_out, config)
-    decision = _decide(config, champion, info, held_out, old)
+    decision = judge(champion, info, held_out, old, config.gate)
     refusal = registry.offer(info.version, decision)
     if not refusal:
         remember(memory, new)
@@ -102,16 +101,6 @@ def _register(
     lineage = Lineage(data_digest=new.digest, git_commit=git_commit(), train_start=days[0], train_end=days[1])
     schema = InputSchema.of(model.config)
     return registry.register(made.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
-
-
-def _decide(
-    config: Config, champion: VersionInfo, challenger: VersionInfo, held_out: RiskDataset, old: RiskDataset
-) -> GateDecision:
-    sides = [
-        measure(one.load().model, held_out, name=one.name, version=one.version, contract=one.schema.contract, old=old)
-        for one in (champion, challenger)
-    ]
-    return decide(sides[0], sides[1], config.gate)
 
 
 async def _await_swap(url: str, version: str) -> None:
