@@ -84,7 +84,7 @@ async def replay(config: Config, paths: RunPaths, options: argparse.Namespace) -
     reference = RiskDataset.load(paths.datasets / "train.safetensors")
     async with RiskClient(options.url, connections=options.lanes) as client:
         threshold = float((await client.model())["threshold"])
-        watch = Watch(reference, alert_rate=config.serving.alert_rate, threshold=threshold)
+        watch = Watch(reference, config.serving, threshold=threshold)
         play = Play(config, paths, client, watch, labels, options)
         await _days(play, rows, period)
     _write(play, time.perf_counter() - start)

@@ -24,7 +24,7 @@ from deepseek_ray.data.periods import Periods, periods, to_dataset
 from deepseek_ray.data.windows import VectorSpec
 from deepseek_ray.logs import get_logger
 from deepseek_ray.online import trial
-from deepseek_ray.online.threshold import budget_threshold
+from deepseek_ray.online.threshold import policy_threshold
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry.package import InputSchema, Probes
 from deepseek_ray.registry.tracking import Run, git_commit
@@ -130,7 +130,7 @@ def _register(
     lineage = Lineage(data_digest=stage["data_digest"], git_commit=stage["git_commit"],
                       train_start=stage["train_from"], train_end=stage["train_to"])  # fmt: skip
     scores = model.predict_proba(rows.features, rows.sequence)
-    tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
+    tags = {THRESHOLD_TAG: str(policy_threshold(scores, config.serving))}
     info = registry.register(fitted.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
     decision = trial.judge(champion, info, rows, holdout, config.gate)  # a retrain knows no older days than these
     refusal = registry.offer(info.version, decision)

@@ -27,7 +27,7 @@ from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.served import matured_rows
 from deepseek_ray.errors import ServingError
 from deepseek_ray.online.replay import Reservoir
-from deepseek_ray.online.threshold import budget_threshold
+from deepseek_ray.online.threshold import policy_threshold
 from deepseek_ray.online.trial import judge
 from deepseek_ray.online.updater import UpdateResult, correct, not_remembered, remember, warm_start
 from deepseek_ray.paths import RunPaths, write_stage
@@ -96,7 +96,7 @@ def _register(
     model = models.load(made.model_dir)
     probes = Probes.of(model, held_out.features, held_out.sequence)
     scores = model.predict_proba(held_out.features, held_out.sequence)
-    tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
+    tags = {THRESHOLD_TAG: str(policy_threshold(scores, config.serving))}
     days = [str(np.datetime64(int(day), "D")) for day in (new.day.min(), new.day.max())]
     lineage = Lineage(data_digest=new.digest, git_commit=git_commit(), train_start=days[0], train_end=days[1])
     schema = InputSchema.of(model.config)
