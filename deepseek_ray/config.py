@@ -122,6 +122,7 @@ class ServingConfig(Section):
     max_transactions: int = Field(1_000, ge=1, description="transactions a request")
     max_future_skew_s: float = Field(300.0, ge=0)
     poll_registry_s: float = Field(2.0, gt=0)
+    compact_every_s: float = Field(3_600.0, ge=0, description="how often the log is moved into parquet; 0: never")
     threshold_policy: Literal["alert_rate", "cost"] = Field(
         "alert_rate",
         description="review as many as people can, or wherever a review costs less than the fraud it stops",
