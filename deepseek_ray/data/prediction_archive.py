@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, unpack
+from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, DROP_VECTORS, unpack
 from deepseek_ray.errors import DataError, EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, sync
 
@@ -226,10 +226,9 @@ def _remove_strays(folder: Path, manifest: Manifest) -> None:
 
 
 def _prune(db: sqlite3.Connection, last: int) -> None:
-    query = f"DELETE FROM vectors WHERE seq IN (SELECT seq FROM vectors WHERE seq <= ? LIMIT {_PRUNE_ROWS})"
     while True:  # short transactions, and time between them: SQLite keeps no queue, the service would go on losing
         with db:
-            if db.execute(query, (last,)).rowcount == 0:
+            if db.execute(DROP_VECTORS, (last, _PRUNE_ROWS)).rowcount == 0:
                 return
         time.sleep(_PRUNE_PAUSE_S)
 

@@ -1,7 +1,8 @@
 """Compaction on a schedule: every so often the prediction log is moved into parquet, by a process of its own.
 
-A process and not a thread: turning rows into parquet holds the interpreter for longer than a request may take. As a
-program it is ``python -m deepseek_ray.serving.compaction RUN``.
+A process and not a thread: turning rows into parquet holds the interpreter for longer than a request may take. It only
+reads the log; what it has moved is dropped by the log's one writer, so that no request waits for a lock. As a program
+it is ``python -m deepseek_ray.serving.compaction RUN``.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deepseek_ray.data.prediction_archive import compact
+from deepseek_ray.data.prediction_archive import compact, read_manifest
 from deepseek_ray.errors import DeepseekRayError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.paths import RunPaths
@@ -30,10 +31,20 @@ class Compactor:
     Args:
         paths: the run.
         every_s: seconds between the end of one compaction and the start of the next; 0 never starts any.
+        archived: told the last row number that the archive holds, after each.
         program: what to run, for tests.
     """
 
-    def __init__(self, paths: RunPaths, every_s: float, program: Sequence[str] = ("-m", __name__)) -> None:
+    def __init__(
+        self,
+        paths: RunPaths,
+        every_s: float,
+        archived: Callable[[int], None],
+        *,
+        program: Sequence[str] = ("-m", __name__),
+    ) -> None:
+        self._paths = paths
+        self._archived = archived
         self._command = [sys.executable, *program, str(paths.root)]
         self._every_s = every_s
         self._stop = threading.Event()
@@ -54,8 +65,8 @@ class Compactor:
         while not self._stop.wait(self._every_s):
             try:
                 self._compact()
-            except OSError:
-                logger.exception("compaction could not be started; trying again in %g s", self._every_s)
+            except (OSError, DeepseekRayError):
+                logger.exception("compaction failed, trying again in %g s", self._every_s)
 
     def _compact(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -67,16 +78,18 @@ class Compactor:
                 except subprocess.TimeoutExpired:
                     if self._stop.is_set():
                         child.terminate()
-        if child.returncode and not self._stop.is_set():
+        if not child.returncode:
+            self._archived(read_manifest(self._paths.prediction_archive).last("predictions"))
+        elif not self._stop.is_set():
             last = said.strip().splitlines()[-1:] or [f"status {child.returncode}"]
             logger.error("compaction failed, trying again in %g s: %s", self._every_s, last[0])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compact one run and drop what was moved, at a low priority; status 2 with one line when it cannot be done."""
+    """Compact one run at a low priority; status 2 with one line when it cannot be done."""
     os.nice(_NICENESS)
     try:
-        compact(RunPaths(Path(argv[0])), prune=True)
+        compact(RunPaths(Path(argv[0])))
     except DeepseekRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

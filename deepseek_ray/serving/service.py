@@ -84,11 +84,11 @@ class RiskService:
             self.predictor.run,
             max_batch_size=config.max_batch_size,
             max_queued=config.max_queued_requests,
-            after=self.predictor.flush,
+            after=self.predictor.settle,
         )
         self.monitor.watch_queue(lambda: self.batcher.queued)
         self.watcher = self._watcher(registry, contract, config.poll_registry_s)
-        self.compactor = Compactor(paths, config.compact_every_s)
+        self.compactor = Compactor(paths, config.compact_every_s, self._archived)
         self.app = RiskApp(self._service(config), ApiKey(key))
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
@@ -109,6 +109,9 @@ class RiskService:
         self.log.by_transaction([REHEARSAL.transaction_id])
         self.features.last_event_us([REHEARSAL.card_id])
         self.features.peek(REHEARSAL)
+
+    def _archived(self, last: int) -> None:
+        self.predictor.archived = last  # the worker drops the vectors: it alone writes to the log
 
     def _watcher(self, registry: Registry, contract: InputContract, poll_s: float) -> ChampionWatcher:
         return ChampionWatcher(

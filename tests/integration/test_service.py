@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_ray.config import ServingConfig
 from deepseek_ray.data.feature_client import FeatureClient
-from deepseek_ray.data.prediction_archive import read_manifest, read_predictions
+from deepseek_ray.data.prediction_archive import read_predictions
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.service import REHEARSAL, RiskService
 from tests.served_run import make_run
@@ -38,7 +38,9 @@ def test_the_log_is_compacted_without_being_asked(service: RiskService, tmp_path
     service.log.commit([row(1), row(2)])
     service.start()
     give_up = time.monotonic() + 60
-    while read_manifest(RunPaths(tmp_path).prediction_archive).last("predictions") < 2:
+    while service.predictor.archived < 2:
         assert time.monotonic() < give_up
         time.sleep(0.05)
+    service.predictor.settle()
+    assert [served.values.size for name in ("p1", "p2") if (served := service.log.get(name))] == [0, 0]
     assert read_predictions(RunPaths(tmp_path))["prediction_id"].to_list() == ["p1", "p2"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,21 +28,22 @@ def await_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def num_vectors(paths: RunPaths) -> int:
-    with closing(sqlite3.connect(paths.prediction_log)) as db:
-        return int(db.execute("SELECT COUNT(*) FROM vectors").fetchone()[0])
+def ignore(last: int) -> None:
+    pass
 
 
 def test_rows_move_while_others_are_written(paths: RunPaths) -> None:
     log = PredictionLog(paths.prediction_log)
     log.commit([row(1), row(2)], [label(2)])
-    compactor = Compactor(paths, every_s=0.05)
+    told: list[int] = []
+    compactor = Compactor(paths, 0.05, told.append)
     compactor.start()
-    await_until(lambda: num_vectors(paths) == 0)
+    await_until(lambda: 2 in told)
     log.commit([row(3)])
     await_until(lambda: archive.read_manifest(paths.prediction_archive).last("predictions") == 3)
     log.commit([row(4)])
     compactor.close()
+    log.drop_vectors(2, limit=10)
     frame = archive.read_predictions(paths)
     assert frame["prediction_id"].to_list() == ["p1", "p2", "p3", "p4"]
     assert archive.stack_values(frame).shape == (4, 2)
@@ -52,7 +51,7 @@ def test_rows_move_while_others_are_written(paths: RunPaths) -> None:
 
 
 def test_none_is_started_where_none_is_wanted(paths: RunPaths) -> None:
-    compactor = Compactor(paths, every_s=0.0)
+    compactor = Compactor(paths, 0.0, ignore)
     compactor.start()
     compactor.close()
     assert list(paths.root.iterdir()) == []
@@ -61,7 +60,7 @@ def test_none_is_started_where_none_is_wanted(paths: RunPaths) -> None:
 def test_a_failure_is_told_and_the_next_one_tried(paths: RunPaths, caplog: pytest.LogCaptureFixture) -> None:
     program = ["-c", "import sys; open(sys.argv[1] + '/tries', 'a').write('x'); sys.exit('no space')"]
     compaction.logger.addHandler(caplog.handler)
-    compactor = Compactor(paths, every_s=0.01, program=program)
+    compactor = Compactor(paths, 0.01, ignore, program=program)
     compactor.start()
     tries = paths.root / "tries"
     await_until(lambda: tries.exists() and len(tries.read_text()) >= 2)
@@ -72,7 +71,7 @@ def test_a_failure_is_told_and_the_next_one_tried(paths: RunPaths, caplog: pytes
 
 def test_closing_does_not_wait_for_a_long_one(paths: RunPaths) -> None:
     program = ["-c", "import sys, time; open(sys.argv[1] + '/started', 'w').close(); time.sleep(60)"]
-    compactor = Compactor(paths, every_s=0.01, program=program)
+    compactor = Compactor(paths, 0.01, ignore, program=program)
     compactor.start()
     await_until((paths.root / "started").exists)
     start = time.monotonic()
