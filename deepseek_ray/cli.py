@@ -161,7 +161,7 @@ def _add_verify(verbs: Verbs) -> None:
 
 
 def _add_registry(verbs: Verbs) -> None:
-    registry = verbs.add_parser("registry", help="history, promotion and rollback of versions")
+    registry = verbs.add_parser("registry", help="history, promotion, rollback and deletion of versions")
     actions = registry.add_subparsers(metavar="ACTION", required=True)
     verb = actions.add_parser("history", help="who became champion, when, by which numbers")
     verb.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -172,6 +172,9 @@ def _add_registry(verbs: Verbs) -> None:
     verb = actions.add_parser("rollback", help="make the previous version champion again")
     verb.add_argument("--note", default="", help="why, for the history")
     _run_here(verb, "deepseek_ray.commands:rollback")
+    verb = actions.add_parser("delete", help="delete a version that no alias names")
+    verb.add_argument("version", metavar="VERSION", help="a number")
+    _run_here(verb, "deepseek_ray.commands:delete")
 
 
 def _add_compact(verbs: Verbs) -> None:

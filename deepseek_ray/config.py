@@ -122,7 +122,23 @@ class ServingConfig(Section):
     max_transactions: int = Field(1_000, ge=1, description="transactions a request")
     max_future_skew_s: float = Field(300.0, ge=0)
     poll_registry_s: float = Field(2.0, gt=0)
+    compact_every_s: float = Field(3_600.0, ge=0, description="how often the log is moved into parquet; 0: never")
+    threshold_policy: Literal["alert_rate", "cost"] = Field(
+        "alert_rate",
+        description="review as many as people can, or wherever a review costs less than the fraud it stops",
+    )
     alert_rate: float = Field(0.005, gt=0, lt=1, description="share of transactions a day that may be reviewed")
+    review_cost: float = Field(0.0, ge=0, description="of one review; needed by the policy 'cost'")
+    missed_fraud_cost: float = Field(0.0, ge=0, description="of one approved fraud, in the same unit")
+
+    @model_validator(mode="after")
+    def _check(self) -> ServingConfig:
+        if self.threshold_policy == "cost" and not 0 < self.review_cost < self.missed_fraud_cost:
+            raise ValueError(
+                f"threshold_policy=cost needs 0 < review_cost={self.review_cost:g} "
+                f"< missed_fraud_cost={self.missed_fraud_cost:g}"
+            )
+        return self
 
 
 class StoreConfig(Section):

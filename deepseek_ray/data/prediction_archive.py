@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, unpack
+from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, DROP_VECTORS, unpack
 from deepseek_ray.errors import DataError, EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, sync
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
-_PRUNE_ROWS = 2_000
+_PRUNE_ROWS, _PRUNE_PAUSE_S = 200, 0.01
 
 Kind = Literal["predictions", "feedback"]
 
@@ -225,11 +226,11 @@ def _remove_strays(folder: Path, manifest: Manifest) -> None:
 
 
 def _prune(db: sqlite3.Connection, last: int) -> None:
-    query = f"DELETE FROM vectors WHERE seq IN (SELECT seq FROM vectors WHERE seq <= ? LIMIT {_PRUNE_ROWS})"
-    while True:  # short transactions: the service writes between them
+    while True:  # short transactions, and time between them: SQLite keeps no queue, the service would go on losing
         with db:
-            if db.execute(query, (last,)).rowcount == 0:
+            if db.execute(DROP_VECTORS, (last, _PRUNE_ROWS)).rowcount == 0:
                 return
+        time.sleep(_PRUNE_PAUSE_S)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from deepseek_ray.errors import DataError, EnvironmentProblemError
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
 _LOOKUP_CHUNK = 500
+DROP_VECTORS = "DELETE FROM vectors WHERE seq IN (SELECT seq FROM vectors WHERE seq <= ? ORDER BY seq LIMIT ?)"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS predictions (
@@ -201,6 +202,18 @@ class PredictionLog:
     def _meta(self, name: str) -> int:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return int(row[0]) if row else 0
+
+    def drop_vectors(self, last: int, limit: int) -> int:
+        """Forget the vectors of at most ``limit`` rows up to row number ``last``, which the archive holds.
+
+        Returns:
+            How many were dropped, 0 when none is left. The rest of each row stays, to recognise a repeated transaction.
+        """
+        try:
+            with self._db:
+                return self._db.execute(DROP_VECTORS, (last, limit)).rowcount
+        except sqlite3.Error as error:
+            raise _unusable(self.path, error) from error
 
     @property
     def applied(self) -> tuple[int, int]:

@@ -70,12 +70,6 @@ class Run:
         with self.tracking.guard(write=True) as client:
             client.log_dict(self.run_id, dict(tree), name)
 
-    def log_file(self, path: Path, folder: str = "") -> None:
-        """Log a file, or a folder with all below it."""
-        with self.tracking.guard(write=True) as client:
-            log = client.log_artifacts if path.is_dir() else client.log_artifact
-            log(self.run_id, str(path), folder or None)
-
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         with self.tracking.guard(write=True) as client:

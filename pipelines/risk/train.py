@@ -19,14 +19,12 @@ from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.data import batch_engine, source, table
 from deepseek_ray.data.datasets import RiskDataset
-from deepseek_ray.data.evidence import Evidence
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.periods import Periods, periods, to_dataset
 from deepseek_ray.data.windows import VectorSpec
 from deepseek_ray.logs import get_logger
-from deepseek_ray.online.gate import decide
-from deepseek_ray.online.measure import measure
-from deepseek_ray.online.threshold import budget_threshold
+from deepseek_ray.online import trial
+from deepseek_ray.online.threshold import policy_threshold
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry.package import InputSchema, Probes
 from deepseek_ray.registry.tracking import Run, git_commit
@@ -124,23 +122,20 @@ def _register(
     registry: Registry, run: Run, fitted: FitResult, holdout: RiskDataset, stage: dict[str, Any], config: Config
 ) -> VersionInfo:
     model = models.load(fitted.model_dir)
+    schema, paths = InputSchema.of(model.config), registry.tracking.paths
+    champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
+    rows = trial.judging_rows(paths, champion, schema, stage["train_to"], holdout, config.data)
+    log.info("judged on %d %s rows", len(rows), "held-out" if rows is holdout else "served")
     probes = Probes.of(model, holdout.features, holdout.sequence)
     lineage = Lineage(data_digest=stage["data_digest"], git_commit=stage["git_commit"],
                       train_start=stage["train_from"], train_end=stage["train_to"])  # fmt: skip
-    scores = model.predict_proba(holdout.features, holdout.sequence)
-    tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
-    schema = InputSchema.of(model.config)
+    scores = model.predict_proba(rows.features, rows.sequence)
+    tags = {THRESHOLD_TAG: str(policy_threshold(scores, config.serving))}
     info = registry.register(fitted.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
-    champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
-    decision = decide(champion and _measured(champion, holdout), _measured(info, holdout), config.gate)
+    decision = trial.judge(champion, info, rows, holdout, config.gate)  # a retrain knows no older days than these
     refusal = registry.offer(info.version, decision)
     print(f"version {info.version} of {info.name!r} {f'not promoted: {refusal}' if refusal else 'promoted'}")
     return info
-
-
-def _measured(info: VersionInfo, holdout: RiskDataset) -> Evidence:
-    side = {"name": info.name, "version": info.version, "contract": info.schema.contract}
-    return measure(info.load().model, holdout, old=holdout, **side)  # a retrain knows no older days than these
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_the_snippet_of_the_page_runs(champion: Registry) -> None:
     assert 0.0 <= float(out.strip(" []\n")) <= 1.0
 
 
-def test_the_cli_shows_promotes_and_rolls_back(
+def test_the_cli_shows_promotes_rolls_back_and_deletes(
     champion: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = champion.get("champion")
@@ -154,3 +154,9 @@ def test_the_cli_shows_promotes_and_rolls_back(
     shown = capsys.readouterr().out
     assert "champion: version 1" in shown
     assert "false alarms doubled at noon" in shown
+    assert main(["registry", "delete", "2", *run_folder]) == 0
+    assert main(["registry", "delete", "champion", *run_folder]) == 2
+    answered = capsys.readouterr()
+    assert answered.out == "deleted: version 2 of 'risk'\n"
+    assert "Version 1 of 'risk' stands behind champion." in answered.err
+    assert (champion.versions(), champion.history()[-1].action) == (["1"], "delete")
