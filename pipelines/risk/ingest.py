@@ -81,8 +81,10 @@ def describe(paths: RunPaths, config: Config, quarantined: int) -> dict[str, obj
         of_day = kinds.filter(pl.col("day") == entry["day"])
         entry["by_scenario"] = {str(kind): count for _, kind, count in of_day.iter_rows()}
     frauds = int(rows["is_fraud"].sum())
-    return {"source": config.data.source, "num_transactions": rows.height, "num_frauds": frauds, "days": days,
-            "fraud_rate": frauds / rows.height, "data_digest": table.digest(rows), "quarantined": quarantined}  # fmt: skip
+    return {
+        "source": config.data.source, "num_transactions": rows.height, "num_frauds": frauds, "days": days,
+        "fraud_rate": frauds / rows.height, "data_digest": table.digest(rows), "quarantined": quarantined,
+    }  # fmt: skip
 
 
 def _print_result(result: IngestResult, paths: RunPaths) -> None:

@@ -19,7 +19,7 @@ from deepseek_ray.train.step import Recipe, Training, calibrate, train_in_proces
 from tests.unit.risk_rows import SHAPE, make_config, make_rows
 
 ROWS = make_rows(3_000)
-RECIPE = Recipe(epochs=3, batch_size=200, negative_rate=0.5, lr=5e-3)
+RECIPE = Recipe.of(TrainConfig(epochs=3, batch_size=200, negative_rate=0.5, lr=5e-3))
 
 
 def make_model(*, shape: object = SHAPE) -> RiskModel:
