@@ -116,7 +116,7 @@ class RunPaths:
         near = difflib.get_close_matches(self.root.name, _runs_beside(self.root), n=3, cutoff=0.0)
         raise EnvironmentProblemError(
             f"The run folder {str(self.root)!r} does not exist. Runs with a near name: {', '.join(near) or 'none'}.",
-            fix=f"name one of them with --run, or make it: deepseek-ray ingest --synthetic --run {self.root}",
+            fix=f"correct --run, or make it: deepseek-ray ingest --synthetic --run {self.root}",
         )
 
     def create(self) -> RunPaths:

@@ -131,3 +131,10 @@ def test_a_record_holds_finite_numbers_only() -> None:
     numbers = history[0].numbers()
     assert "average_precision" not in numbers
     assert all(math.isfinite(value) for value in numbers.values())
+
+
+def test_a_recipe_has_no_defaults_beside_those_of_the_settings() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    assert fields.pop("seed") == 0
+    assert set(fields.values()) == {dataclasses.MISSING}
+    assert fields.keys() <= TrainConfig.model_fields.keys()
