@@ -6,6 +6,7 @@ alone. ``train`` may set the days anew until live state is warmed, and the featu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,9 @@ def refuse_changes(paths: RunPaths, config: Config, names: Sequence[str]) -> Non
         ConfigError: one is not; the message names it, both values and what to do.
     """
     known = stored(paths)
-    for name in names if known else ():
+    if known is None:
+        return
+    for name in names:
         before, now = _value(known, name), _value(config, name)
         if now != before:
             again = name in DAYS and not paths.used
@@ -98,9 +101,8 @@ def refuse_changes(paths: RunPaths, config: Config, names: Sequence[str]) -> Non
             )
 
 
-def _value(config: Config | None, name: str) -> Any:
-    section, _, field = name.partition(".")
-    return getattr(getattr(config, section), field)
+def _value(config: Config, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def _broken(paths: RunPaths, problem: str) -> ConfigError:

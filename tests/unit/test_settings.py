@@ -216,3 +216,25 @@ def test_the_verbs_ask_with_the_settings_of_the_run(paths: RunPaths, monkeypatch
 def test_settings_may_be_changed_only_where_they_are_named() -> None:
     named = {*settings.TABLE, *settings.DAYS, *settings.FEATURES}
     assert named == {name for name in known_keys() if name.startswith(("data.", "features."))}
+
+
+@pytest.mark.parametrize("warmed", [False, True])
+def test_a_demo_that_was_interrupted_after_warming_keeps_its_table(
+    paths: RunPaths, warmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = importlib.import_module("pipelines.risk.demo")
+    started: list[str] = []
+
+    def note(stages: Any, module: str, *arguments: str) -> None:
+        started.append(module.rpartition(".")[2])
+        if started[-1] == "train":
+            raise InterruptedError
+
+    monkeypatch.setattr(demo.Stages, "run", note)
+    if warmed:
+        warm(paths)
+        with pytest.raises(ConfigError, match="'seed' = 5, but the run"):
+            demo.main(["--run", str(paths.root), "--seed", "5"])
+    with pytest.raises(InterruptedError):
+        demo.main(["--run", str(paths.root), "--seed", "4"])
+    assert started == (["train"] if warmed else ["ingest", "train"])
