@@ -24,6 +24,7 @@ from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError
 if TYPE_CHECKING:
     from deepseek_ray.config import Config
     from deepseek_ray.paths import RunPaths
+    from deepseek_ray.settings import Purpose
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -192,30 +193,32 @@ def _run_here(verb: argparse.ArgumentParser, command: str) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the arguments by which every program is told its run folder and settings; see ``settings_of``."""
     parser.add_argument("--run", help="run folder (default: runs/latest)")
-    parser.add_argument("--preset", default="demo", help="named settings of deepseek_ray/presets.py (default: demo)")
-    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    parser.add_argument("--preset", help="named settings of deepseek_ray/presets.py (default: the run's own, or demo)")
+    parser.add_argument("--config", type=Path, help="YAML file of settings over those of the preset")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.NAME=VALUE", help="one setting"
     )
 
 
-def settings_of(options: argparse.Namespace) -> tuple[Config, RunPaths]:
-    """The config and the run folder that the options name.
+def settings_of(options: argparse.Namespace, purpose: Purpose = "use") -> tuple[Config, RunPaths]:
+    """The config and the run folder that the options name; see ``settings.resolve``.
 
     Raises:
-        ConfigError: the preset, a key or a value is not valid.
+        ConfigError: the preset, a key or a value is not valid, or the run was made with another one.
+        EnvironmentProblemError: the run does not exist, and the purpose is not to make it.
     """
     from deepseek_ray.paths import resolve_run
-    from deepseek_ray.presets import load_preset
+    from deepseek_ray.settings import resolve
 
-    config = load_preset(options.preset, file=options.config, overrides=options.overrides)
-    return config, resolve_run(options.run)
+    paths = resolve_run(options.run)
+    chosen = {"preset": options.preset, "file": options.config, "overrides": options.overrides}
+    return resolve(paths, purpose, **chosen), paths
 
 
 def settings_arguments(options: argparse.Namespace) -> list[str]:
     """The arguments that give another program the same settings, but not the run folder."""
-    arguments = [f"--preset={options.preset}", *(f"--set={item}" for item in options.overrides)]
-    return arguments + ([f"--config={options.config}"] if options.config else [])
+    named = {"--preset": options.preset, "--config": options.config}
+    return [f"{name}={value}" for name, value in named.items() if value] + [f"--set={one}" for one in options.overrides]
 
 
 if __name__ == "__main__":

@@ -204,6 +204,11 @@ def known_keys() -> list[str]:
     return list(_flatten(Config().model_dump()))
 
 
+def given_keys(config: Config) -> list[str]:
+    """Dotted names of the settings that were given to a config; the others have their defaults."""
+    return list(_flatten(config.model_dump(exclude_unset=True)))
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}

@@ -46,7 +46,7 @@ class Check:
 
 def run(options: argparse.Namespace) -> int:
     """The verb: print all checks; status 1 when something is broken."""
-    checks = examine(*settings_of(options))
+    checks = examine(*settings_of(options, "make"))
     print(to_json(checks) if options.json else to_table(checks))
     return 1 if any(check.state == "broken" for check in checks) else 0
 

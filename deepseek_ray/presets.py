@@ -31,12 +31,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_preset(name: str, *, file: Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
-    """Build a preset's config, then apply a YAML file and overrides.
+def load_preset(
+    name: str,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> Config:
+    """Build a preset's config; ``fixed`` settings (dotted names) replace its own, then come a YAML file and overrides.
 
     Raises:
         ConfigError: the preset, a key or a value is not valid.
     """
     if name not in PRESETS:
         raise ConfigError(f"Unknown preset {name!r}.", fix=f"choose one of {', '.join(sorted(PRESETS))}")
-    return build_config(PRESETS[name], file=file, overrides=overrides)
+    return build_config({**PRESETS[name], **(fixed or {})}, file=file, overrides=overrides)

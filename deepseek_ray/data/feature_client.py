@@ -150,7 +150,7 @@ class FeatureClient:
 
         Returns the number of states written.
         """
-        folder = self._warmed(engine.spec.service).parent
+        folder = self.paths.warmed
         with _writing(folder):
             written = engine.warm(transactions)
             temporary = folder / f".{engine.spec.service}.writing"
@@ -204,7 +204,7 @@ class FeatureClient:
         return self.paths.feature_store / "offline" / service
 
     def _warmed(self, service: str) -> Path:
-        return self.paths.feature_store / "warmed" / f"{service}.parquet"
+        return self.paths.warmed / f"{service}.parquet"
 
     def _stored(self, service: str) -> pl.DataFrame:
         parts = sorted(self._offline(service).glob("part-*.parquet"))

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from deepseek_ray.data.events import Decision, Reason, Transaction, to_us
 from deepseek_ray.errors import DataError, EnvironmentProblemError
+from deepseek_ray.sqlite import read_uri
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
@@ -126,14 +127,15 @@ class PredictionLog:
     Args:
         path: database file; made when missing.
         synchronous: FULL survives a power cut; NORMAL only a crash of the process.
+        read_only: only look something up: nothing is written, and the folder may be read-only.
 
     Raises:
         EnvironmentProblemError: the file cannot be opened, is locked or is not such a log.
     """
 
-    def __init__(self, path: Path, *, synchronous: Literal["FULL", "NORMAL"] = "FULL") -> None:
+    def __init__(self, path: Path, *, synchronous: Literal["FULL", "NORMAL"] = "FULL", read_only: bool = False) -> None:
         self.path = path
-        self._db = _open(path, synchronous)
+        self._db = _open_to_read(path) if read_only else _open(path, synchronous)
 
     def close(self) -> None:
         """Release the file."""
@@ -353,6 +355,15 @@ def _open(path: Path, synchronous: str) -> sqlite3.Connection:
         db.execute(f"PRAGMA synchronous={synchronous}")
         _check_schema(db, path)
     except (OSError, sqlite3.Error) as error:
+        raise _unusable(path, error) from error
+    return db
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(read_uri(path), uri=True, timeout=BUSY_TIMEOUT_S)
+        _check_schema(db, path)
+    except sqlite3.Error as error:
         raise _unusable(path, error) from error
     return db
 

@@ -8,15 +8,16 @@ alone would retry for minutes.
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -27,6 +28,7 @@ from deepseek_ray.config import StoreConfig
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.sqlite import read_uri
 
 INIT_TIMEOUT_S = 120.0
 """A first touch runs all of MLflow's migrations: seconds, and much more on a loaded machine."""
@@ -105,18 +107,19 @@ class Tracking:
 
     Args:
         uri: absolute MLflow tracking and registry URI; ``shown_uri`` is the same without a password.
+        client: MLflow's client of this store.
         paths: the run folder, for the audit table and the cache of downloaded versions.
         experiment_id: where new runs go.
         timeout_s: longest wait for a locked or silent store.
     """
 
-    def __init__(self, uri: str, paths: RunPaths, experiment_id: str, timeout_s: float) -> None:
+    def __init__(self, uri: str, client: MlflowClient, paths: RunPaths, experiment_id: str, timeout_s: float) -> None:
         self.uri = uri
         self.shown_uri = hide_password(uri)
         self.paths = paths
         self.experiment_id = experiment_id
         self.timeout_s = timeout_s
-        self._client = MlflowClient(uri, uri)
+        self._client = client
 
     @classmethod
     def open(
@@ -145,14 +148,17 @@ class Tracking:
         root = (stores.artifact_root if stores else "") or (paths.artifacts.resolve().as_uri() if database else "")
         if database is not None and not database.exists() and not create:
             raise _missing(database)
-        with _file_lock(_lock_path(database, paths), max(timeout_s, INIT_TIMEOUT_S)), _translated(uri):
+        lock = _lock_path(database, paths)
+        frozen = not create and not os.access(lock.parent, os.W_OK)  # nobody initialises a store there
+        with nullcontext() if frozen else _file_lock(lock, max(timeout_s, INIT_TIMEOUT_S)), _translated(uri):
             if database is None or database.exists():
                 check_store(uri, timeout_s, write=create)
-            client = MlflowClient(uri, uri)
+            address = f"sqlite:///{read_uri(database)}&uri=true" if database and frozen else uri
+            client = MlflowClient(address, address)
             experiment_id = _experiment(client, experiment, root, create=create)
             if database is not None and create:
                 _use_write_ahead_log(database, timeout_s)
-        return cls(uri, paths, experiment_id, timeout_s)
+        return cls(uri, client, paths, experiment_id, timeout_s)
 
     @contextmanager
     def guard(self, *, write: bool = False) -> Iterator[MlflowClient]:
@@ -232,7 +238,7 @@ def _check_sqlite(database: Path, timeout_s: float, *, write: bool) -> None:
     if not database.exists():
         raise _missing(database)
     try:
-        with closing(_connect(database, timeout_s)) as connection:
+        with closing(_connect(database, timeout_s, write=write)) as connection:
             connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
             if write:
                 connection.execute("BEGIN IMMEDIATE")
@@ -241,13 +247,14 @@ def _check_sqlite(database: Path, timeout_s: float, *, write: bool) -> None:
         raise _sqlite_problem(database, timeout_s, error) from error
 
 
-def _connect(database: Path, timeout_s: float) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True, timeout=timeout_s, isolation_level=None)
+def _connect(database: Path, timeout_s: float, *, write: bool) -> sqlite3.Connection:
+    uri = f"{database.as_uri()}?mode=rw" if write else read_uri(database)
+    return sqlite3.connect(uri, uri=True, timeout=timeout_s, isolation_level=None)
 
 
 def _use_write_ahead_log(database: Path, timeout_s: float) -> None:
     # readers (the server's poll) then never wait for a writer (training)
-    with closing(_connect(database, timeout_s)) as connection:
+    with closing(_connect(database, timeout_s, write=True)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import polars as pl
 
-from deepseek_ray import models
+from deepseek_ray import models, settings
 from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
-from deepseek_ray.data import batch_engine, source, table
+from deepseek_ray.data import batch_engine, table
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.periods import Periods, periods, to_dataset
@@ -44,26 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, judge, register; the last line says what the gate decided."""
     parser = argparse.ArgumentParser(prog="deepseek-ray train", description=__doc__.partition("\n")[0])
     add_settings(parser)
-    config, paths = settings_of(parser.parse_args(argv))
-    paths.create()
-    registry = Registry.open(paths, config.stores, name=config.model_name)
+    config, paths = settings_of(parser.parse_args(argv), "train")
+    transactions = table.read(paths.transactions)
+    registry = Registry.open(paths.create(), config.stores, name=config.model_name)
+    if registry.version_of(CHAMPION):  # the gate would turn down a version that reads something else
+        settings.refuse_changes(paths, config, settings.FEATURES)
     with registry.tracking.start_run("train", tags={"stage": "train"}) as run:
-        train_and_register(config, paths, registry, run)
+        train_and_register(transactions, config, paths, registry, run)
     return 0
 
 
-def train_and_register(config: Config, paths: RunPaths, registry: Registry, run: Run) -> VersionInfo:
+def train_and_register(
+    transactions: pl.DataFrame, config: Config, paths: RunPaths, registry: Registry, run: Run
+) -> VersionInfo:
     """The whole stage; writes results/train.json."""
     start = time.perf_counter()
-    if not paths.transactions.exists():
-        table.write(source.load(config.data, config.seed), paths.transactions)
-    transactions = table.read(paths.transactions)
     days = periods(transactions, config.data)
+    settings.store(paths, config)
     spec, train, holdout = build_datasets(transactions, days, config, paths)
     log.info("%d rows to train on, %d held out, %d features", len(train), len(holdout), len(spec.names))
-    fitted = fit(
-        paths.datasets / "train.safetensors", config, paths, feature_service=spec.service, feature_digest=spec.digest
-    )
+    rows = paths.datasets / "train.safetensors"
+    fitted = fit(rows, config, paths, feature_service=spec.service, feature_digest=spec.digest)
     yardsticks = [fit_logistic(train, seed=config.seed), fit_lightgbm(train, seed=config.seed)]
     stage = judge(fitted, yardsticks, holdout) | _facts(config, spec, train, holdout, days)
     stage |= {"mlflow_run_id": run.run_id, "tracking_uri": registry.tracking.shown_uri}
@@ -81,8 +82,9 @@ def build_datasets(
     client.apply()
     spec = client.declaration().vector(config.features.vector)
     known = transactions.filter(pl.col("order_us") < days.replay.start_us)
-    settings = {"label_delay_days": config.data.label_delay_days, "sequence_len": config.features.sequence_len}
-    rows = batch_engine.compute(known, spec, **settings)
+    rows = batch_engine.compute(
+        known, spec, label_delay_days=config.data.label_delay_days, sequence_len=config.features.sequence_len
+    )
     client.write_offline(rows)
     made = []
     for name, period in (("train", days.train), ("holdout", days.holdout)):

@@ -149,7 +149,7 @@ for setting in (
 def service(run: Path) -> Iterator[str]:
     """Serve the run on this machine, outside the cluster, while the block runs; gives the address."""
     url = f"http://127.0.0.1:{(port := free_ports(1)[0])}"
-    command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run), "--port", str(port), *SETTINGS]
+    command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"DEEPSEEK_RAY_API_KEY": KEY}) as server:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
@@ -166,11 +166,11 @@ def test_the_loop_runs_as_jobs(cluster: Cluster) -> None:
     run = cluster.runs / "job"
 
     def job(verb: str, *arguments: str) -> None:
-        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", *arguments, "--run", str(run), *SETTINGS)
+        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", *arguments, "--run", str(run))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout
 
-    job("ingest", "--synthetic")
+    job("ingest", "--synthetic", *SETTINGS)  # all that follows has them from the run
     job("train")
     assert (run / "transactions.parquet").is_file()
     assert (run / "mlflow.db").is_file()

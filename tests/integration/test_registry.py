@@ -17,11 +17,13 @@ import deepseek_ray.models as models
 from deepseek_ray.cli import main
 from deepseek_ray.config import GateConfig, ModelConfig
 from deepseek_ray.data.evidence import Evidence, VectorContract
+from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.errors import GateRefusedError
 from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.gate import decide
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema, Lineage, Probes, Registry, Tracking
+from tests.unit.test_lineage import logged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,3 +162,28 @@ def test_the_cli_shows_promotes_rolls_back_and_deletes(
     assert answered.out == "deleted: version 2 of 'risk'\n"
     assert "Version 1 of 'risk' stands behind champion." in answered.err
     assert (champion.versions(), champion.history()[-1].action) == (["1"], "delete")
+
+
+def read_only(folder: Path, *verbs: str) -> subprocess.CompletedProcess[str]:
+    """Run ``deepseek-ray`` verbs where the folder is mounted read-only, which stops root too."""
+    lines = [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}", f"! touch {folder}/x 2>/dev/null"]
+    lines += [f"{sys.executable} -m deepseek_ray.cli {verb} --run {folder}" for verb in verbs]
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", " && ".join(lines)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="no mount namespaces here",
+)
+def test_what_happened_can_be_read_from_a_folder_that_nobody_may_write(champion: Registry) -> None:
+    paths = champion.tracking.paths
+    log = PredictionLog(paths.prediction_log)
+    log.commit([logged(model_version="1")])
+    log.close()
+    done = read_only(paths.root, "explain p1", "registry history", "compact")
+    assert "package_digest" in done.stdout, done.stderr
+    assert "champion: version 1" in done.stdout, done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"error: {paths.prediction_archive}: Read-only file system" in done.stderr

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 
 # Inside the library: what each part may import, besides itself. Parts are sub-packages or modules of the root.
-BASE = {"errors", "logs", "paths", "config", "presets"}
+BASE = {"errors", "logs", "paths", "config", "presets", "settings", "sqlite"}
 LIBRARY_ORDER: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -37,6 +37,8 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "config": {"errors"},
     "paths": {"errors"},
     "presets": {"config", "errors"},
+    "sqlite": set(),
+    "settings": {"presets", "config", "paths", "logs", "errors"},
     "metrics": {"errors"},
     "kernels": set(),
     "data": {"metrics", *BASE},

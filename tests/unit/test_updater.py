@@ -65,7 +65,7 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = RiskModel(RiskModelConfig(feature_names=NAMES, sequence_len=2, shape=SHAPE))
     everything = OLD.concat(NEW)
     model.prepare(everything.features, everything.label)
-    train_in_process(model, OLD, Recipe(epochs=6, batch_size=64, lr=1e-2, negative_rate=0.5))
+    train_in_process(model, OLD, Recipe.of(TRAIN, epochs=6, lr=1e-2))
     return model.save_pretrained(tmp_path_factory.mktemp("champion"))
 
 
