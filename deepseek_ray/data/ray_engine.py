@@ -13,16 +13,17 @@ the vector and the sequence, which never leave their process except to the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import ray.data
 from ray.data import DataContext, Dataset
 
@@ -82,7 +83,7 @@ def write(
     task = Pass(spec, delay_us(label_delay_days), sequence_len, before_us)
     others = [owner for owner in spec.owners if owner != _CARD]
     with DataContext.current(_context()), _typed_errors():
-        rows = ray.data.read_parquet(str(source), columns=list(history.NEEDED))
+        rows = ray.data.read_parquet(str(source)).select_columns(list(history.NEEDED))
         rows = _each_block(rows, _start, task, [*others, _CARD][0])
         for owner, following in zip(others, [*others[1:], _CARD], strict=True):
             rows = _each_block(_by_home(rows, num_partitions), _add_columns, task, owner, following)
@@ -136,7 +137,7 @@ def _by_home(rows: Dataset, num_partitions: int) -> Dataset:
     return rows.repartition(num_partitions, keys=[_HOME])
 
 
-def _each_block(rows: Dataset, function, *arguments) -> Dataset:
+def _each_block(rows: Dataset, function: Callable[..., pa.Table], *arguments: Any) -> Dataset:
     return rows.map_batches(function, batch_size=None, batch_format="pyarrow", fn_args=arguments, zero_copy_batch=True)
 
 
@@ -161,8 +162,12 @@ def _check_columns(source: Path) -> None:
 
 
 def _context() -> DataContext:
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.CRITICAL)  # its log file has it all, and what fails is raised
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     return context
 
 
