@@ -14,6 +14,7 @@ the vector and the sequence, which never leave their process except to the file.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def write(
     _check_columns(source)
     task = Pass(spec, delay_us(label_delay_days), sequence_len, before_us)
     others = [owner for owner in spec.owners if owner != _CARD]
-    with DataContext.current(_context()), _typed_errors():
+    with _settings(), _typed_errors():
         rows = ray.data.read_parquet(str(source)).select_columns(list(history.NEEDED))
         rows = _each_block(rows, _start, task, [*others, _CARD][0])
         for owner, following in zip(others, [*others[1:], _CARD], strict=True):
@@ -161,14 +162,19 @@ def _check_columns(source: Path) -> None:
         raise SchemaError(f"{str(file)!r} has no column {missing[0]!r}.", fix="build it with deepseek_ray.data.table")
 
 
-def _context() -> DataContext:
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Ray Data without bars and console messages (its log file has them), and our own errors as they were raised."""
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
-            handler.setLevel(logging.CRITICAL)  # its log file has it all, and what fails is raised
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    return context
+            handler.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")  # of its own old settings
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True
+        with DataContext.current(context):
+            yield
 
 
 @contextmanager
