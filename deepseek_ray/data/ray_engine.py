@@ -33,7 +33,7 @@ from deepseek_ray.data.batch_engine import assemble, owner_columns
 from deepseek_ray.data.formulas import FloatArray, delay_us
 from deepseek_ray.data.history import UNKNOWN_DEVICE, History
 from deepseek_ray.data.windows import OWNERS, VectorSpec
-from deepseek_ray.errors import DeepseekRayError, SchemaError
+from deepseek_ray.errors import DeepseekRayError, FeatureError, SchemaError
 
 _HOME = "_home"
 _CARD = "card"
@@ -78,19 +78,19 @@ def write(
 
     Raises:
         SchemaError: a column is missing.
-        FeatureError: ``order_us`` is not strictly increasing.
+        FeatureError: ``order_us`` is not strictly increasing, or files hold more or fewer rows than the table.
     """
     _check_columns(source)
     task = Pass(spec, delay_us(label_delay_days), sequence_len, before_us)
     others = [owner for owner in spec.owners if owner != _CARD]
     with _settings(), _typed_errors():
-        rows = ray.data.read_parquet(str(source)).select_columns(list(history.NEEDED))
+        rows = ray.data.read_parquet(str(source.resolve())).select_columns(list(history.NEEDED))
         rows = _each_block(rows, _start, task, [*others, _CARD][0])
         for owner, following in zip(others, [*others[1:], _CARD], strict=True):
             rows = _each_block(_by_home(rows, num_partitions), _add_columns, task, owner, following)
         whole = _each_block(_by_home(rows, num_partitions), _whole_vectors, task)
-        whole.write_parquet(str(folder), **offline_store.COMPRESSION)
-    return sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+        whole.write_parquet(str(folder.resolve()), **offline_store.COMPRESSION)
+    return _count(source, folder, before_us)
 
 
 def _start(block: pa.Table, task: Pass, owner: str) -> pa.Table:
@@ -153,6 +153,17 @@ def _unpacked(column: pa.ChunkedArray) -> FloatArray:
     width = array.type.byte_width // 8
     values = np.frombuffer(array.buffers()[1], np.float64)
     return values[array.offset * width : (array.offset + len(array)) * width].reshape(len(array), width)
+
+
+def _count(source: Path, folder: Path, before_us: int | None) -> int:
+    """Rows in the files, which must be all rows of the table, each once."""
+    known = pl.lit(True) if before_us is None else pl.col("order_us") < before_us
+    expected = pl.scan_parquet(source).filter(known).select(pl.len()).collect().item()
+    written = sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+    if written != expected:
+        problem = f"Ray wrote {written} vectors of {expected} transactions."
+        raise FeatureError(problem, fix="see ray-data.log in Ray's session folder, then compute them again")
+    return written
 
 
 def _check_columns(source: Path) -> None:
