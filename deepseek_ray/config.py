@@ -42,6 +42,9 @@ class FeatureConfig(Section):
 
     vector: Literal["default", "wide", "handbook", "handbook_history"] = "default"
     sequence_len: int = Field(16, ge=0, le=128, description="card's recent events fed to attention")
+    engine: Literal["local", "ray", "auto"] = Field(
+        "auto", description="what computes the history: this process, Ray Data, or Ray Data when it outgrows this one"
+    )
 
 
 class ModelConfig(Section):

@@ -21,16 +21,13 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
-from deepseek_ray.data import windows
+from deepseek_ray.data import offline_store, windows
 from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS, FeatureTable
 from deepseek_ray.data.stream_engine import StreamEngine
-from deepseek_ray.data.windows import SECOND_US, Declaration
+from deepseek_ray.data.windows import SECOND_US, Declaration, VectorSpec
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths
@@ -109,17 +106,26 @@ class FeatureClient:
         Raises:
             FeatureError: the service is not registered with this digest.
         """
-        tags = self.services().get(table.service)
-        if tags is None or tags["digest"] != table.digest:
-            problem = f"Service {table.service!r} with digest {table.digest[:12]} is not registered in this run."
-            raise FeatureError(problem, fix="apply() the declaration the vectors were computed with")
-        folder = self._offline(table.service)
+        folder = self._registered(table.service, table.digest)
         with _writing(folder):
-            part = folder / f"part-{len(list(folder.glob('part-*.parquet'))):05d}.parquet"
-            temporary = part.with_suffix(".writing")
-            pq.write_table(_arrow(table), temporary, compression="zstd", compression_level=1)
-            os.replace(temporary, part)
-        return part
+            return offline_store.append(table, folder)
+
+    @contextmanager
+    def offline_part(self, spec: VectorSpec) -> Iterator[Path]:
+        """A folder to write parquet files of vectors to, by any process; the store has them once the block ends well.
+
+        Raises:
+            FeatureError: the service is not registered with this digest.
+        """
+        folder = self._registered(spec.service, spec.digest)
+        with _writing(folder):
+            files = offline_store.stage(folder)
+        try:
+            yield files
+            with _writing(folder):
+                offline_store.adopt(files, folder)
+        finally:
+            shutil.rmtree(files, ignore_errors=True)
 
     def historical(self, entities: pl.DataFrame, service: str) -> FeatureTable:
         """The point-in-time join: for each (card_id, order_us) the card's newest vector at or before that order.
@@ -134,16 +140,19 @@ class FeatureClient:
         Raises:
             FeatureError: nothing is stored, or some card has no vector at or before its order.
         """
-        stored = self._stored(service)
-        keys = stored.select("card_id", "order_us").with_row_index("place").sort("order_us", maintain_order=True)
-        keys = keys.unique(["card_id", "order_us"], keep="last", maintain_order=True)
+        keys = offline_store.keys(self._offline(service))
+        if not keys.width:
+            raise FeatureError(f"No vectors of {service!r} are stored in this run.", fix="call write_offline() first")
+        keys = keys.sort("order_us", maintain_order=True).unique(
+            ["card_id", "order_us"], keep="last", maintain_order=True
+        )
         wanted = entities.select("card_id", "order_us").with_row_index("row").sort("order_us")
         joined = wanted.join_asof(keys, on="order_us", by="card_id", check_sortedness=False).sort("row")
         lost = joined.filter(pl.col("place").is_null())
         if lost.height:
             problem = f"{lost.height} rows have no vector, the first is card {lost['card_id'][0]!r}."
             raise FeatureError(problem, fix="compute and write_offline() the features of these transactions")
-        return self._table(stored[joined["place"]], service)
+        return self._table(offline_store.take(self._offline(service), joined.select("file", "place")), service)
 
     def warm(self, engine: StreamEngine, transactions: pl.DataFrame) -> int:
         """Fill the online store by ``engine.warm`` and keep the rows, so that served vectors can be verified.
@@ -206,16 +215,18 @@ class FeatureClient:
     def _warmed(self, service: str) -> Path:
         return self.paths.warmed / f"{service}.parquet"
 
-    def _stored(self, service: str) -> pl.DataFrame:
-        parts = sorted(self._offline(service).glob("part-*.parquet"))
-        if not parts:
-            raise FeatureError(f"No vectors of {service!r} are stored in this run.", fix="call write_offline() first")
-        return pl.read_parquet(parts)
+    def _registered(self, service: str, digest: str) -> Path:
+        """Where the vectors of a service go, when it is registered with the digest they were computed by."""
+        tags = self.services().get(service)
+        if tags is None or tags["digest"] != digest:
+            problem = f"Service {service!r} with digest {digest[:12]} is not registered in this run."
+            raise FeatureError(problem, fix="apply() the declaration the vectors were computed with")
+        return self._offline(service)
 
     def _table(self, rows: pl.DataFrame, service: str) -> FeatureTable:
         tags = self.services()[service]
         spec = self.declaration().vector(tags["vector"])
-        values, sequence = (_flat(rows[name]) for name in ("feature_values", "sequence"))
+        values, sequence = (offline_store.flat(rows[name]) for name in ("feature_values", "sequence"))
         return FeatureTable(
             rows["order_us"].to_numpy(),
             rows["transaction_id"].to_numpy(),
@@ -282,27 +293,3 @@ def _entity_key(key: str) -> Any:
 
 def _time(order_us: int) -> datetime:
     return datetime.fromtimestamp(order_us / SECOND_US, UTC)
-
-
-def _arrow(table: FeatureTable) -> pa.Table:
-    rows = len(table.order_us)
-    return pa.table(
-        {
-            "card_id": pa.array(table.card_id, pa.string()),
-            "event_timestamp": pa.array(table.order_us, pa.int64()).cast(pa.timestamp("us", tz="UTC")),
-            "order_us": pa.array(table.order_us, pa.int64()),
-            "transaction_id": pa.array(table.transaction_id, pa.string()),
-            "feature_values": _lists(table.values.reshape(rows, -1)),
-            "sequence": _lists(table.sequence.reshape(rows, -1)) if rows else pa.array([], pa.list_(pa.float64())),
-        }
-    )
-
-
-def _lists(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> pa.Array:
-    rows, width = matrix.shape
-    offsets = pa.array(np.arange(rows + 1, dtype=np.int64) * width)
-    return pa.LargeListArray.from_arrays(offsets, pa.array(matrix.ravel())).cast(pa.list_(pa.float64()))
-
-
-def _flat(column: pl.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return column.explode(empty_as_null=False).to_numpy()

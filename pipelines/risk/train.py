@@ -17,7 +17,7 @@ import polars as pl
 from deepseek_ray import models, settings
 from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
-from deepseek_ray.data import batch_engine, table
+from deepseek_ray.data import engine, table
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.periods import Periods, periods, to_dataset
@@ -82,10 +82,7 @@ def build_datasets(
     client.apply()
     spec = client.declaration().vector(config.features.vector)
     known = transactions.filter(pl.col("order_us") < days.replay.start_us)
-    rows = batch_engine.compute(
-        known, spec, label_delay_days=config.data.label_delay_days, sequence_len=config.features.sequence_len
-    )
-    client.write_offline(rows)
+    engine.store(paths.transactions, spec, client, config, before_us=days.replay.start_us)
     made = []
     for name, period in (("train", days.train), ("holdout", days.holdout)):
         vectors = client.historical(period.filter(known).select("card_id", "order_us"), spec.service)

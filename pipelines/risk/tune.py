@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_ray.cluster import local_cluster
 from deepseek_ray.logs import QUIET_ENVIRONMENT, silence_telemetry
 
 silence_telemetry()
@@ -35,7 +36,7 @@ from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry import Registry, Run, Tracking
 from deepseek_ray.train.step import EpochRecord, Recipe, held_out_precision, train_in_process
-from deepseek_ray.train.trainer import local_cluster, worker_environment
+from deepseek_ray.train.trainer import worker_environment
 from tune_spaces.risk import SPACE
 
 METRIC = "average_precision"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from feast import FeatureStore
 
-from deepseek_ray.data import batch_engine, windows
+from deepseek_ray.data import batch_engine, offline_store, windows
 from deepseek_ray.data.feature_client import PASSWORD_ENV, FeatureClient
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.errors import ConfigError, FeatureError
@@ -44,9 +45,10 @@ def test_every_vector_is_a_service_with_its_digest(client: FeatureClient) -> Non
 def test_the_fast_join_equals_feasts_own(client: FeatureClient) -> None:
     history = world(120, seed=1)
     table = batch_engine.compute(history, SPEC, label_delay_days=7, sequence_len=3)
-    halves = (slice(0, 70), slice(70, None))
-    for rows in halves:
-        client.write_offline(_rows(table, rows))
+    client.write_offline(_rows(table, slice(0, 70)))
+    with client.offline_part(SPEC) as files:  # a folder of files, as several processes write it
+        for name, rows in (("a", slice(70, 90)), ("b", slice(90, None))):
+            pq.write_table(offline_store.to_arrow(_rows(table, rows)), files / f"{name}.parquet")
     asked = history.select("card_id", order_us=pl.col("order_us") + pl.Series(np.arange(120) % 3 * 1_000_000)).sample(
         60, seed=2
     )
@@ -112,6 +114,20 @@ def test_several_writers_append_offline_without_loss(client: FeatureClient) -> N
         written = set(pool.map(lambda part: copy.copy(client).write_offline(part), parts))
     assert len(written) == 3
     np.testing.assert_array_equal(client.historical(history, SPEC.service).values, table.values)
+
+
+def test_a_part_that_was_not_finished_does_not_appear(client: FeatureClient) -> None:
+    table = batch_engine.compute(world(20, seed=6), SPEC, label_delay_days=7, sequence_len=1)
+    folder = client.write_offline(table).parent
+
+    def half() -> None:
+        with client.offline_part(SPEC) as files:
+            pq.write_table(offline_store.to_arrow(table), files / "a.parquet")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half()
+    assert sorted(file.name for file in folder.iterdir()) == [".write.lock", "part-00000.parquet"]
 
 
 def test_vectors_written_again_replace_the_former_ones(client: FeatureClient) -> None:
