@@ -52,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, paths = settings_of(options)
     dataset = paths.datasets / "train.safetensors"
     if not dataset.exists():
-        raise DataError(
-            f"There are no training rows at {str(dataset)!r}.", fix=f"deepseek-ray train --run {paths.root}"
-        )
+        problem = f"There are no training rows at {str(dataset)!r}."
+        raise DataError(problem, fix=f"deepseek-ray train --run {paths.root}")
     tracking = Registry.open(paths, config.stores, name=config.model_name).tracking
     with tracking.start_run("tune", tags={"stage": "tune"}) as parent:
         found = search(config, paths, dataset, tracking, parent, trials=options.trials, minutes=options.minutes)
