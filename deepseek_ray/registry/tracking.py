@@ -7,7 +7,6 @@ alone would retry for minutes.
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import sqlite3
 import subprocess
@@ -27,6 +26,7 @@ from deepseek_ray.config import StoreConfig
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.registry.first_touch import first_touch
 
 INIT_TIMEOUT_S = 120.0
 """A first touch runs all of MLflow's migrations: seconds, and much more on a loaded machine."""
@@ -134,7 +134,7 @@ class Tracking:
         create: bool = True,
         timeout_s: float = 10.0,
     ) -> Tracking:
-        """Open the run's store; initialise a fresh one under a file lock.
+        """Open the run's store; initialise a fresh one under a lock.
 
         Args:
             paths: the run folder.
@@ -145,14 +145,17 @@ class Tracking:
 
         Raises:
             RegistryUnavailableError: the store is missing, locked, read-only or silent.
+            RegistryError: it is a database without ``stores.artifact_root``, or it refused.
         """
         uri = (stores.tracking_uri if stores else "") or paths.tracking_uri
         database = _sqlite_path(uri)
-        root = (stores.artifact_root if stores else "") or (paths.artifacts.resolve().as_uri() if database else "")
+        root = _artifact_root((stores.artifact_root if stores else "") or (str(paths.artifacts) if database else ""))
         if database is not None and not database.exists() and not create:
             raise _missing(database)
-        with _file_lock(_lock_path(database, paths), max(timeout_s, INIT_TIMEOUT_S)), _translated(uri):
-            if database is None or database.exists():
+        if database is None:
+            check_store(uri, timeout_s)
+        with _translated(uri), first_touch(uri, database, paths, max(timeout_s, INIT_TIMEOUT_S)):
+            if database is not None and database.exists():
                 check_store(uri, timeout_s, write=create)
             client = MlflowClient(uri, uri)
             experiment_id = _experiment(client, experiment, root, create=create)
@@ -290,40 +293,6 @@ def _sqlite_path(uri: str) -> Path | None:
     return path
 
 
-def _lock_path(database: Path | None, paths: RunPaths) -> Path:
-    return database.with_name(f"{database.name}.lock") if database else paths.root / "mlflow.lock"
-
-
-@contextmanager
-def _file_lock(path: Path, timeout_s: float) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    except OSError as error:
-        raise RegistryUnavailableError(
-            f"The folder of the MLflow store {str(path.parent)!r} cannot be written: {error.strerror}.",
-            fix="make it writable or choose another run folder",
-        ) from error
-    with handle:
-        _acquire(handle.fileno(), path, timeout_s)
-        yield
-
-
-def _acquire(descriptor: int, path: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise RegistryUnavailableError(
-                    f"Another process has been initialising the MLflow store for {timeout_s:g} s ({str(path)!r}).",
-                    fix="wait for it or end it, then try again",
-                ) from error
-            time.sleep(0.05)
-
-
 @contextmanager
 def _translated(uri: str) -> Iterator[None]:
     shown = hide_password(uri)
@@ -337,6 +306,11 @@ def _translated(uri: str) -> Iterator[None]:
             ) from error
         raise RegistryError(
             f"The MLflow store {shown!r} refused: {_first_line(error)}", fix="correct the request"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise RegistryUnavailableError(
+            f"The MLflow store {shown!r} needs the package {error.name!r}.",
+            fix="pip install 'deepseek-ray[postgres]'" if error.name == "psycopg" else f"install {error.name}",
         ) from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         raise RegistryUnavailableError(
@@ -363,8 +337,22 @@ def _experiment(client: MlflowClient, name: str, artifact_root: str, *, create: 
             f"The MLflow store holds no experiment {name!r}.",
             fix="train a model first, or name the run folder that holds it",
         )
-    location = f"{artifact_root.rstrip('/')}/{name}" if artifact_root else None  # a server has its own
-    return str(client.create_experiment(name, artifact_location=location))
+    if not artifact_root and not client.tracking_uri.startswith("http"):  # only an MLflow server has a place of its own
+        raise RegistryError(
+            "stores.tracking_uri is a database, and stores.artifact_root is not set.",
+            fix="set it to s3://bucket/prefix, or to a folder that all machines see",
+        )
+    location = f"{artifact_root.rstrip('/')}/{name}" if artifact_root else None
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return _experiment(client, name, artifact_root, create=False)  # another machine was faster
+
+
+def _artifact_root(root: str) -> str:
+    return root if "://" in root or not root else Path(root).resolve().as_uri()
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,9 +23,11 @@ SPEC = windows.load().vector("default")
 LENGTH = 4
 
 
-def serve(paths: RunPaths, history: pl.DataFrame, *, warmed: int, tamper: int | None = None) -> None:
+def serve(
+    paths: RunPaths, history: pl.DataFrame, *, warmed: int, tamper: int | None = None, online_store: str = ""
+) -> None:
     """Warm with the first rows, serve and log the rest; each label is reported after ten more events."""
-    client = FeatureClient(paths)
+    client = FeatureClient(paths, online_store)
     client.apply()
     engine = StreamEngine(client.declaration(), SPEC, client, label_delay_days=7, sequence_len=LENGTH)
     if warmed:
