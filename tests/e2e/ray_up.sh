@@ -17,8 +17,9 @@ mkdir -p /run/sshd
 home="$(getent passwd root | cut -d: -f6)"
 cp -r /etc/skel/. "$WORK/home"
 mkdir -p "$WORK/home/deepseek-ray/env" "$WORK/home/.config/pip" "$WORK/home/.ssh" "$WORK/home/.ray"
-mount -t overlay overlay -o "lowerdir=$ENVIRONMENT,upperdir=$WORK/upper,workdir=$WORK/scratch" \
-    "$WORK/home/deepseek-ray/env"
+# Its programs name the environment by its own path: what pip writes must not reach the real one behind it.
+mount -t overlay overlay -o "lowerdir=$ENVIRONMENT,upperdir=$WORK/upper,workdir=$WORK/scratch" "$ENVIRONMENT"
+mount --bind "$ENVIRONMENT" "$WORK/home/deepseek-ray/env"
 if [[ "$PYTHON_HOME" == "$home"/* ]]; then
     mkdir -p "$WORK/home/${PYTHON_HOME#"$home"/}"
     mount --bind "$PYTHON_HOME" "$WORK/home/${PYTHON_HOME#"$home"/}"

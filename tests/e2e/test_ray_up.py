@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,11 @@ def fetch_missing_pins(folder: Path) -> None:
             pytest.skip(f"not installed and not to be had: {', '.join(missing)}")
 
 
+def environment_of_the_tests() -> set[str]:
+    """Its packages, read from the disk anew."""
+    return {path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info")}
+
+
 def _normal(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
@@ -74,6 +80,7 @@ def test_a_cluster_comes_up_runs_a_job_and_goes_down(work: Path) -> None:
     pins = "~/deepseek-ray/constraints.txt: constraints.txt"
     (work / "cluster.yaml").write_text(text.replace("ssh_user: ray\n", "ssh_user: root\n"))
     assert pins in text  # relative to the checkout, where ray up is called
+    before = environment_of_the_tests()
     key = secrets.token_hex(16)
     (work / "key").write_text(key)
     tail = f"--preset debug --set train.num_workers=1 --run {work / 'run'}"
@@ -104,3 +111,4 @@ def test_a_cluster_comes_up_runs_a_job_and_goes_down(work: Path) -> None:
     assert "--- left: 0" in shown
     registered = json.loads((work / "run" / "results" / "train.json").read_text())
     assert registered["rows_train"] > 0
+    assert environment_of_the_tests() == before, "the cluster's nodes wrote into the environment of the tests"

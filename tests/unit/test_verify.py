@@ -151,7 +151,7 @@ def test_the_command_of_the_page_shows_no_difference(tmp_path: Path, capsys: pyt
 
 
 def test_the_snippet_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (windows.DECLARATION.parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
+    page = (windows.DECLARATION.resolve().parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
     snippet = page.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     shown: list[object] = []
@@ -160,7 +160,7 @@ def test_the_snippet_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_page_tells_the_sizes_and_every_aggregation() -> None:
-    page = (windows.DECLARATION.parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
+    page = (windows.DECLARATION.resolve().parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
     for spec in windows.load().vectors.values():
         assert f"| `{spec.name}` | {len(spec.names)} | `{spec.service}` |" in page
     for name in (*windows.EVENT_AGGREGATIONS, *windows.DELAYED_AGGREGATIONS):
