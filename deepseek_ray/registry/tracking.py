@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -20,13 +21,17 @@ from urllib.parse import quote, urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
 from deepseek_ray.config import StoreConfig
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry.first_touch import first_touch
+
+# MLflow 3.17 declares one of its own relations in a way that SQLAlchemy 2.1 calls deprecated: nothing that a user of
+# ours could mend. Said once a process, when the store opens.
+warnings.filterwarnings("ignore", "The ``noload`` loader strategy", SADeprecationWarning)
 
 INIT_TIMEOUT_S = 120.0
 """A first touch runs all of MLflow's migrations: seconds, and much more on a loaded machine."""

@@ -266,6 +266,9 @@ def test_a_port_in_use_and_a_missing_key_are_said_plainly(run: ServedRun) -> Non
 def test_after_the_stop_every_answer_can_be_recomputed(server: Server) -> None:
     """Runs last: stops the server, then scores the logged inputs again, and compacts the log."""
     assert server.stop() == 0
+    shown = "".join(server.output)
+    assert "serving 'risk'" in shown
+    assert "graceful_shutdown failed" not in shown
     run = server.run
     frame = read_predictions(run.paths)
     assert len(frame) > 20

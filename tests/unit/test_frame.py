@@ -70,7 +70,7 @@ def test_a_changed_pin_installs_again(clone: Path) -> None:
     [
         ("demo", "python -m pipelines.risk.demo"),
         ("test", "python -m pytest -m not slow and not gpu"),
-        ("test-full", "python -m pytest"),
+        ("test-full", "python -m tests.full"),
         ("bench", "python -m tests.bench.bench_one"),
     ],
 )
