@@ -149,7 +149,7 @@ class StoreConfig(Section):
 
     tracking_uri: str = Field("", description="MLflow tracking and registry URI, absolute")
     online_store: str = Field("", description="redis://host:port, else SQLite in the run folder")
-    artifact_root: str = Field("", description="s3://bucket/prefix, else a folder in the run folder")
+    artifact_root: str = Field("", description="s3://bucket/prefix or a folder; needed when tracking_uri is a database")
 
 
 class Config(Section):

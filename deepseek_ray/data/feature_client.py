@@ -19,12 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 import polars as pl
 import yaml
 
-from deepseek_ray.data import offline_store, windows
+from deepseek_ray.data import offline_store, redis_store, windows
 from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS, FeatureTable
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.data.windows import SECOND_US, Declaration, VectorSpec
@@ -46,7 +45,6 @@ for _name in _FEAST_SWITCHES:
     os.environ.pop(_name, None)
 
 REPOSITORY = windows.DECLARATION.parent
-PASSWORD_ENV = "DEEPSEEK_RAY_REDIS_PASSWORD"
 _COPIED = ("definitions.py", "windows.yaml", ".feastignore")
 _STATE_VIEW, _STATE = "entity_state", "state"
 _BUSY_TIMEOUT_MS = 5_000
@@ -59,7 +57,7 @@ class FeatureClient:
     Args:
         paths: the run.
         online_store: ``redis://host:port`` (``rediss`` for TLS; the password comes from DEEPSEEK_RAY_REDIS_PASSWORD),
-            else SQLite in the run folder.
+            else the store that the run was applied with; SQLite in the run folder when it was applied without one.
     """
 
     def __init__(self, paths: RunPaths, online_store: str = "") -> None:
@@ -81,7 +79,7 @@ class FeatureClient:
         with _writing(folder):
             settings = yaml.safe_load((REPOSITORY / "feature_store.yaml").read_text(encoding="utf-8"))
             if self.online_store:
-                settings["online_store"] = _redis(self.online_store)
+                settings |= redis_store.settings(self.online_store, folder)
             for name in _COPIED:
                 shutil.copyfile(REPOSITORY / name, folder / name)
             (folder / "feature_store.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -178,8 +176,10 @@ class FeatureClient:
         blobs: list[bytes | None] = []
         for first in range(0, len(keys), _READ_CHUNK):
             messages = [_entity_key(key) for key in keys[first : first + _READ_CHUNK]]
-            found = _online(store).online_read(store.config, view, messages, [_STATE])
-            blobs += [values[_STATE].bytes_val if values else None for _, values in found]
+            with redis_store.reaching(store.config.online_store):
+                found = _online(store).online_read(store.config, view, messages, [_STATE])
+            # Redis gives an empty value for what it does not hold; a state is never empty
+            blobs += [(values[_STATE].bytes_val or None) if values else None for _, values in found]
         return blobs
 
     def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
@@ -187,12 +187,15 @@ class FeatureClient:
         store, view = self._store(), self._state_view()
         rows = [(_entity_key(key), {_STATE: Value(bytes_val=blob)}, _time(order), None) for key, blob, order in states]
         if rows:
-            _online(store).online_write_batch(store.config, view, rows, None)
+            with redis_store.reaching(store.config.online_store):
+                _online(store).online_write_batch(store.config, view, rows, None)
 
     def close(self) -> None:
         """Release the online store's connection."""
-        if self._opened is not None and self._opened.config.online_store.type == "sqlite":
-            _online(self._opened)._get_conn(self._opened.config).close()
+        if self._opened is not None:
+            online, config = _online(self._opened), self._opened.config
+            sqlite = config.online_store.type == "sqlite"
+            (online._get_conn(config) if sqlite else online._get_client(config.online_store)).close()
         self._opened = self._view = None
 
     def _store(self) -> Any:
@@ -200,9 +203,19 @@ class FeatureClient:
             if not (self.paths.feature_store / "registry.db").exists():
                 problem = f"The run {str(self.paths.root)!r} has no feature store."
                 raise FeatureError(problem, fix="call apply() first, or name the right run")
-            self._opened = FeatureStore(repo_path=str(self.paths.feature_store))
-            _tune(self._opened)
+            opened = FeatureStore(repo_path=str(self.paths.feature_store))
+            self._check_store(opened)
+            _tune(opened)
+            self._opened = opened
         return self._opened
+
+    def _check_store(self, opened: Any) -> None:
+        """The states lie where the run was applied; another store would be empty, and every card new."""
+        used = redis_store.address(opened.config.online_store)
+        wanted = redis_store.address_of(self.online_store) if self.online_store else used
+        if wanted != used:
+            problem = f"stores.online_store = {self.online_store!r}, but this run uses {used or 'SQLite'!r}."
+            raise ConfigError(problem, fix="give the setting to train already, and warm again")
 
     def _state_view(self) -> Any:
         if self._view is None:
@@ -250,19 +263,6 @@ def _tune(store: Any) -> None:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _redis(url: str) -> dict[str, str]:
-    parts = urlsplit(url)
-    if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
-        raise ConfigError(f"stores.online_store = {url!r} is not understood.", fix="write redis://host:port")
-    if parts.password:
-        raise ConfigError("stores.online_store holds a password.", fix=f"put it into the environment as {PASSWORD_ENV}")
-    options = [f"{parts.hostname}:{parts.port or 6379}"]
-    options += [f"db={parts.path.strip('/')}"] if parts.path.strip("/") else []
-    options += ["ssl=true"] if parts.scheme == "rediss" else []
-    options += [f"password=${{{PASSWORD_ENV}}}"] if os.environ.get(PASSWORD_ENV) else []  # Feast expands it
-    return {"type": "redis", "connection_string": ",".join(options)}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import yaml
 from deepseek_ray.data.events import CHANNELS
 from deepseek_ray.errors import FeatureError
 
-DECLARATION = Path(__file__).resolve().parents[2] / "features" / "windows.yaml"
+DECLARATION = Path(__file__).parents[1] / "features" / "windows.yaml"  # a symlink here, files in the wheel
 FORMULA_VERSION = 1
 """``version`` of the declaration and part of every digest: raise both when a formula changes its value."""
 

@@ -21,7 +21,7 @@ from deepseek_ray.report.charts import MODELS, SIDES, draw_all, ranked
 from deepseek_ray.report.results import FeatureDrift, Results, Stage, dotted
 from deepseek_ray.report.verdict import RATE_OF_THE_BOUND, Scalar, Verdict, judge
 
-PACKAGES = ("torch", "ray", "mlflow", "feast", "lightgbm", "scikit-learn", "duckdb", "polars", "numpy")
+PACKAGES = ("torch", "ray", "mlflow", "feast", "lightgbm", "scikit-learn", "polars", "numpy")
 PROGRAMS = {
     "data": "ingest --synthetic",
     "train": "train",

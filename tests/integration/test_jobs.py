@@ -41,7 +41,7 @@ class Cluster:
 
     def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the repository as a job and wait for its end."""
-        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs), "DEEPSEEK_RAY_API_KEY": KEY}})
+        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs)}})
         line = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--runtime-env-json", runtime]
         return subprocess.run(
             [*line, "--working-dir", ".", "--", *command],
@@ -78,7 +78,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(
-        [*command, f"--temp-dir={temporary}"], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+        [*command, f"--temp-dir={temporary}"],
+        env=environment | {"DEEPSEEK_RAY_API_KEY": KEY},  # jobs inherit it
+        cwd=folder,
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -134,6 +138,17 @@ def test_only_the_programs_travel(cluster: Cluster) -> None:
         assert name in line
     for name in ("'.venv'", "'.git'", "'runs'", "'tests'"):
         assert name not in line
+
+
+def test_a_job_has_the_key_of_the_node_and_does_not_show_it(cluster: Cluster) -> None:
+    shown = cluster.submit("python", "-c", "import os; print('length', len(os.environ['DEEPSEEK_RAY_API_KEY']))")
+    assert f"length {len(KEY)}" in shown.stdout, shown.stdout + shown.stderr
+    headers = {"Authorization": f"Bearer {Path(cluster.environment['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        listed = answer.read().decode()
+    assert "os.environ" in listed
+    assert KEY not in listed
 
 
 SETTINGS = ["--preset", "debug"]

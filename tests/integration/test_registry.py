@@ -125,6 +125,7 @@ def test_several_processes_may_be_the_first_to_open_the_store(tmp_path: Path) ->
     results = [process.communicate(timeout=110) for process in started]
     assert [process.returncode for process in started] == [0, 0], results
     assert len({out for out, _ in results}) == 1
+    assert [err for _, err in results if "Warning" in err] == []
     Tracking.open(RunPaths(tmp_path), create=False)
 
 

@@ -16,9 +16,9 @@ import yaml
 from feast import FeatureStore
 
 from deepseek_ray.data import batch_engine, offline_store, windows
-from deepseek_ray.data.feature_client import PASSWORD_ENV, FeatureClient
+from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.stream_engine import StreamEngine
-from deepseek_ray.errors import ConfigError, FeatureError
+from deepseek_ray.errors import FeatureError
 from deepseek_ray.paths import RunPaths
 from tests.unit.feature_worlds import world
 from tests.unit.test_stream_engine import assert_equal, play
@@ -143,18 +143,6 @@ def test_vectors_written_again_replace_the_former_ones(client: FeatureClient) ->
 def test_a_run_that_was_not_applied_says_so(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="apply"):
         FeatureClient(RunPaths(tmp_path)).services()
-
-
-def test_redis_comes_by_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepseek_ray.data.feature_client import _redis
-
-    assert _redis("redis://cache:7000")["connection_string"] == "cache:7000"
-    monkeypatch.setenv(PASSWORD_ENV, "secret")
-    assert _redis("rediss://cache/2")["connection_string"] == f"cache:6379,db=2,ssl=true,password=${{{PASSWORD_ENV}}}"
-    with pytest.raises(ConfigError, match="password"):
-        _redis("redis://:secret@cache")
-    with pytest.raises(ConfigError, match="memcached"):
-        _redis("memcached://cache")
 
 
 def test_the_shipped_store_settings_name_no_path_outside_the_run() -> None:

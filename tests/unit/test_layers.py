@@ -262,7 +262,7 @@ def _declared(*tables: str) -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = [project[table].values() if isinstance(project[table], dict) else [project[table]] for table in tables]
     lines = [line for group in groups for block in group for line in block]
-    return {_normal(re.split(r"[\[<>=;! ]", line)[0]) for line in lines}
+    return {_normal(re.split(r"[\[<>=;! ]", line)[0]) for line in lines} - {_normal(LIBRARY)}  # dev has our own extras
 
 
 def _normal(name: str) -> str:
