@@ -30,8 +30,8 @@ demo: $(STAMP) ## run the card-fraud loop from events to an updated live model
 test: $(STAMP) ## all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
 
-test-full: $(STAMP) ## all tests of this machine
-	$(BIN)/python -m pytest $(ARGS)
+test-full: $(STAMP) ## all tests of this machine, a file at a time; again: what has not passed yet
+	$(BIN)/python -m tests.full $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

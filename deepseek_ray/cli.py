@@ -24,6 +24,7 @@ from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError
 if TYPE_CHECKING:
     from deepseek_ray.config import Config
     from deepseek_ray.paths import RunPaths
+    from deepseek_ray.settings import Purpose
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -132,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_doctor, _add_explain, _add_verify, _add_registry, _add_compact):
+    for add in (_add_doctor, _add_explain, _add_verify, _add_plan, _add_registry, _add_compact):
         add(verbs)
     for verb, (_, summary) in PROGRAMS.items():
         verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
@@ -158,10 +159,52 @@ def _add_verify(verbs: Verbs) -> None:
     verb = what.add_parser("features", help="recompute every logged vector by the point-in-time join")
     verb.add_argument("--limit", type=int, default=20, help="differences to print (default: 20)")
     _run_here(verb, "deepseek_ray.commands:verify_features")
+    verb = what.add_parser("mesh", help="train a mesh and one process from the same seed, and compare")
+    verb.add_argument("--mesh", default="", help="degrees, as in pp=2,dp_shard=2,tp=2,ep=2")
+    verb.add_argument("--schedule", help="of the pipeline, for example DualPipeV")
+    verb.add_argument("--steps", type=int, default=20)
+    verb.add_argument("--on-ray", action="store_true", help="run the mesh on Ray Train, wherever there is room")
+    _run_verification(verb, "deepseek_ray.verify:mesh")
+    verb = what.add_parser("checkpoint", help="save on one mesh, load on another, save there, and compare")
+    verb.add_argument("--from", dest="source", required=True, metavar="MESH")
+    verb.add_argument("--to", dest="target", required=True, metavar="MESH")
+    _run_verification(verb, "deepseek_ray.verify:checkpoint")
+    verb = what.add_parser("recovery", help="end a worker on the way, and compare with an undisturbed run")
+    verb.add_argument("--mesh", default="dp_shard=2", help="degrees (default: dp_shard=2)")
+    verb.add_argument("--kill-at", type=int, required=True, metavar="STEP", help="steps that are done before")
+    verb.add_argument("--signal", default="KILL", help="what ends the worker (default: KILL)")
+    _run_verification(verb, "deepseek_ray.verify:recovery")
+
+
+def _add_plan(verbs: Verbs) -> None:
+    verb = verbs.add_parser("plan", help="meshes for a number of GPUs: what each needs, and why")
+    verb.add_argument("--gpus", type=int, required=True)
+    verb.add_argument("--memory", type=float, default=80.0, help="GiB a GPU (default: 80)")
+    verb.add_argument("--gpus-per-node", type=int, default=8)
+    verb.add_argument("--top", type=int, default=10, help="meshes to print (default: 10)")
+    _add_shape(verb, "qwen3_30b_a3b")
+    verb.set_defaults(command="deepseek_ray.verify:plan")
+
+
+def _run_verification(verb: argparse.ArgumentParser, command: str) -> None:
+    verb.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    verb.add_argument("--json", type=Path, metavar="OUT", help="write every figure here")
+    verb.add_argument("--shared", type=Path, metavar="DIR", help="storage that every node sees, on a cluster")
+    _add_shape(verb, "debug_moe")
+    verb.set_defaults(command=command)
+
+
+def _add_shape(verb: argparse.ArgumentParser, preset: str) -> None:
+    """The arguments that name a model, as in ``python -m pipelines.moe.train``."""
+    verb.add_argument("--config", default=preset, help=f"preset of deepseek_ray/presets_moe.py (default: {preset})")
+    verb.add_argument("--file", type=Path, help="YAML file of settings")
+    verb.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.NAME=VALUE", help="one setting"
+    )
 
 
 def _add_registry(verbs: Verbs) -> None:
-    registry = verbs.add_parser("registry", help="history, promotion and rollback of versions")
+    registry = verbs.add_parser("registry", help="history, promotion, rollback and deletion of versions")
     actions = registry.add_subparsers(metavar="ACTION", required=True)
     verb = actions.add_parser("history", help="who became champion, when, by which numbers")
     verb.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -172,6 +215,9 @@ def _add_registry(verbs: Verbs) -> None:
     verb = actions.add_parser("rollback", help="make the previous version champion again")
     verb.add_argument("--note", default="", help="why, for the history")
     _run_here(verb, "deepseek_ray.commands:rollback")
+    verb = actions.add_parser("delete", help="delete a version that no alias names")
+    verb.add_argument("version", metavar="VERSION", help="a number")
+    _run_here(verb, "deepseek_ray.commands:delete")
 
 
 def _add_compact(verbs: Verbs) -> None:
@@ -189,30 +235,32 @@ def _run_here(verb: argparse.ArgumentParser, command: str) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the arguments by which every program is told its run folder and settings; see ``settings_of``."""
     parser.add_argument("--run", help="run folder (default: runs/latest)")
-    parser.add_argument("--preset", default="demo", help="named settings of deepseek_ray/presets.py (default: demo)")
-    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    parser.add_argument("--preset", help="named settings of deepseek_ray/presets.py (default: the run's own, or demo)")
+    parser.add_argument("--config", type=Path, help="YAML file of settings over those of the preset")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.NAME=VALUE", help="one setting"
     )
 
 
-def settings_of(options: argparse.Namespace) -> tuple[Config, RunPaths]:
-    """The config and the run folder that the options name.
+def settings_of(options: argparse.Namespace, purpose: Purpose = "use") -> tuple[Config, RunPaths]:
+    """The config and the run folder that the options name; see ``settings.resolve``.
 
     Raises:
-        ConfigError: the preset, a key or a value is not valid.
+        ConfigError: the preset, a key or a value is not valid, or the run was made with another one.
+        EnvironmentProblemError: the run does not exist, and the purpose is not to make it.
     """
     from deepseek_ray.paths import resolve_run
-    from deepseek_ray.presets import load_preset
+    from deepseek_ray.settings import resolve
 
-    config = load_preset(options.preset, file=options.config, overrides=options.overrides)
-    return config, resolve_run(options.run)
+    paths = resolve_run(options.run)
+    chosen = {"preset": options.preset, "file": options.config, "overrides": options.overrides}
+    return resolve(paths, purpose, **chosen), paths
 
 
 def settings_arguments(options: argparse.Namespace) -> list[str]:
     """The arguments that give another program the same settings, but not the run folder."""
-    arguments = [f"--preset={options.preset}", *(f"--set={item}" for item in options.overrides)]
-    return arguments + ([f"--config={options.config}"] if options.config else [])
+    named = {"--preset": options.preset, "--config": options.config}
+    return [f"{name}={value}" for name, value in named.items() if value] + [f"--set={one}" for one in options.overrides]
 
 
 if __name__ == "__main__":

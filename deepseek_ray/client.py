@@ -73,9 +73,14 @@ class RiskClient:
         body = b'{"feedback":[' + b",".join(label.model_dump_json().encode() for label in labels) + b"]}"
         return int((await self._call("POST", "/v1/risk/feedback", body))["accepted"])
 
-    async def set_threshold(self, threshold: float) -> dict[str, Any]:
-        """Move the decision threshold of the live version. Raises like :meth:`score`."""
-        return await self._call("POST", "/v1/risk/threshold", orjson.dumps({"threshold": threshold}))
+    async def set_threshold(self, threshold: float, model_version: str = "") -> dict[str, Any]:
+        """Move the decision threshold of a version, "" for the one that serves. Raises like :meth:`score`.
+
+        Raises:
+            RequestError: 409 when another version serves by now.
+        """
+        body = orjson.dumps({"threshold": threshold, "model_version": model_version})
+        return await self._call("POST", "/v1/risk/threshold", body)
 
     async def model(self) -> dict[str, Any]:
         """The version that answers now. Raises like :meth:`score`."""

@@ -66,6 +66,14 @@ def rollback(options: argparse.Namespace) -> int:
     return 0
 
 
+def delete(options: argparse.Namespace) -> int:
+    """Delete a version that no alias protects; its line in the history stays."""
+    registry = _registry(options)
+    registry.delete_version(options.version)
+    print(f"deleted: version {options.version} of {registry.name!r}")
+    return 0
+
+
 def verify_features(options: argparse.Namespace) -> int:
     """Recompute every served vector by the point-in-time join; status 1 when one differs or none was compared."""
     from deepseek_ray.data.verify import verify_run  # brings Feast, whose import takes seconds

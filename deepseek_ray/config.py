@@ -42,6 +42,9 @@ class FeatureConfig(Section):
 
     vector: Literal["default", "wide", "handbook", "handbook_history"] = "default"
     sequence_len: int = Field(16, ge=0, le=128, description="card's recent events fed to attention")
+    engine: Literal["local", "ray", "auto"] = Field(
+        "auto", description="what computes the history: this process, Ray Data, or Ray Data when it outgrows this one"
+    )
 
 
 class ModelConfig(Section):
@@ -122,7 +125,23 @@ class ServingConfig(Section):
     max_transactions: int = Field(1_000, ge=1, description="transactions a request")
     max_future_skew_s: float = Field(300.0, ge=0)
     poll_registry_s: float = Field(2.0, gt=0)
+    compact_every_s: float = Field(3_600.0, ge=0, description="how often the log is moved into parquet; 0: never")
+    threshold_policy: Literal["alert_rate", "cost"] = Field(
+        "alert_rate",
+        description="review as many as people can, or wherever a review costs less than the fraud it stops",
+    )
     alert_rate: float = Field(0.005, gt=0, lt=1, description="share of transactions a day that may be reviewed")
+    review_cost: float = Field(0.0, ge=0, description="of one review; needed by the policy 'cost'")
+    missed_fraud_cost: float = Field(0.0, ge=0, description="of one approved fraud, in the same unit")
+
+    @model_validator(mode="after")
+    def _check(self) -> ServingConfig:
+        if self.threshold_policy == "cost" and not 0 < self.review_cost < self.missed_fraud_cost:
+            raise ValueError(
+                f"threshold_policy=cost needs 0 < review_cost={self.review_cost:g} "
+                f"< missed_fraud_cost={self.missed_fraud_cost:g}"
+            )
+        return self
 
 
 class StoreConfig(Section):
@@ -130,7 +149,7 @@ class StoreConfig(Section):
 
     tracking_uri: str = Field("", description="MLflow tracking and registry URI, absolute")
     online_store: str = Field("", description="redis://host:port, else SQLite in the run folder")
-    artifact_root: str = Field("", description="s3://bucket/prefix, else a folder in the run folder")
+    artifact_root: str = Field("", description="s3://bucket/prefix or a folder; needed when tracking_uri is a database")
 
 
 class Config(Section):
@@ -201,6 +220,11 @@ def build_tree(
 def known_keys(kind: type[Section] = Config) -> list[str]:
     """All dotted setting names of a tree."""
     return list(_flatten(kind().model_dump()))
+
+
+def given_keys(config: Config) -> list[str]:
+    """Dotted names of the settings that were given to a config; the others have their defaults."""
+    return list(_flatten(config.model_dump(exclude_unset=True)))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from deepseek_ray.paths import RunPaths, runs_root
 
 State = Literal["ok", "warning", "broken"]
 
-VERSIONS = ("ray", "torch", "triton", "mlflow", "feast", "duckdb", "polars", "pydantic", "lightgbm", "pyarrow")
+VERSIONS = ("ray", "torch", "triton", "mlflow", "feast", "polars", "pydantic", "lightgbm", "pyarrow")
 MIN_PYTHON = (3, 11)
 MIN_CORES, MIN_MEMORY_GIB, MIN_DISK_GIB, MIN_SHARED_GIB = 2, 6.0, 4.0, 1.0
 CONNECT_TIMEOUT_S = 2.0
@@ -46,7 +46,7 @@ class Check:
 
 def run(options: argparse.Namespace) -> int:
     """The verb: print all checks; status 1 when something is broken."""
-    checks = examine(*settings_of(options))
+    checks = examine(*settings_of(options, "make"))
     print(to_json(checks) if options.json else to_table(checks))
     return 1 if any(check.state == "broken" for check in checks) else 0
 

@@ -4,7 +4,7 @@
     ├── ConfigError            a setting is unknown or out of range
     ├── DataError              input data cannot be used
     │   ├── SchemaError        a column is missing or has the wrong type
-    │   └── IngestError        a file is empty, unreadable or wholly invalid
+    │   └── IngestError        a file is empty, unreadable or wholly invalid, or the run takes no more
     ├── FeatureError           features cannot be computed, stored or served
     │   └── StaleEventError    an event is older than its card's last event
     ├── CheckpointError        a checkpoint is torn, tampered with or missing
@@ -67,7 +67,7 @@ class SchemaError(DataError):
 
 
 class IngestError(DataError):
-    """A file is empty, unreadable or wholly invalid."""
+    """A file is empty, unreadable or wholly invalid, or the run takes no more data."""
 
 
 class FeatureError(DeepseekRayError):

@@ -24,7 +24,7 @@ def trace(prediction_id: str, paths: RunPaths, registry: Registry) -> dict[str, 
         raise DataError(
             f"The run {str(paths.root)!r} has served no prediction.", fix="name another run folder with --run"
         )
-    log = PredictionLog(paths.prediction_log)
+    log = PredictionLog(paths.prediction_log, read_only=True)
     try:
         found = log.get(prediction_id)
         target = log.label_targets([prediction_id]).get(prediction_id)

@@ -29,6 +29,11 @@ def hide_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
+def drop_password(text: str) -> str:
+    """The text without the password in an address; the user's name stays, so that it still connects."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return a logger below ``deepseek_ray`` that writes ``time level name: message`` to stderr."""
     root = logging.getLogger("deepseek_ray")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -33,6 +34,11 @@ class RunPaths:
         return self.root / "artifacts"
 
     @property
+    def settings(self) -> Path:
+        """The settings that the run was made with; see settings.py."""
+        return self.root / "settings.yaml"
+
+    @property
     def transactions(self) -> Path:
         """Parquet table of ingested transactions."""
         return self.root / "transactions.parquet"
@@ -46,6 +52,11 @@ class RunPaths:
     def feature_store(self) -> Path:
         """Feast repository of the run: registry, offline parquet, online SQLite."""
         return self.root / "feature_store"
+
+    @property
+    def warmed(self) -> Path:
+        """The transactions that live feature states were filled with."""
+        return self.feature_store / "warmed"
 
     @property
     def prediction_log(self) -> Path:
@@ -87,6 +98,27 @@ class RunPaths:
         """Every number of the report."""
         return self.root / "report.json"
 
+    @property
+    def used(self) -> str:
+        """``"served"``, or ``"warmed"``; "" as long as no live state or decision depends on the run's table."""
+        if self.prediction_log.exists() or self.prediction_archive.exists():
+            return "served"
+        return "warmed" if self.warmed.exists() else ""
+
+    def existing(self) -> RunPaths:
+        """The run itself, whose folder must be there.
+
+        Raises:
+            EnvironmentProblemError: it is not; the message names the runs with the nearest names.
+        """
+        if self.root.is_dir():
+            return self
+        near = difflib.get_close_matches(self.root.name, _runs_beside(self.root), n=3, cutoff=0.0)
+        raise EnvironmentProblemError(
+            f"The run folder {str(self.root)!r} does not exist. Runs with a near name: {', '.join(near) or 'none'}.",
+            fix=f"correct --run, or make it: deepseek-ray ingest --synthetic --run {self.root}",
+        )
+
     def create(self) -> RunPaths:
         """Make the folder and check that it can be written; ``runs/latest`` becomes a link to a new run.
 
@@ -126,6 +158,12 @@ def resolve_run(run: str | Path | None) -> RunPaths:
     return RunPaths(Path(chosen).resolve())
 
 
+def _runs_beside(folder: Path) -> list[str]:
+    if not folder.parent.is_dir():
+        return []
+    return [one.name for one in folder.parent.iterdir() if RunPaths(one).transactions.exists()]
+
+
 def mark_latest(paths: RunPaths) -> None:
     """Point runs/latest at the run, atomically."""
     link = runs_root() / LATEST
@@ -140,10 +178,15 @@ def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any] | Sequen
     """Write one stage's results for the report, whole or not at all; NaN and infinity become null."""
     paths.results.mkdir(parents=True, exist_ok=True)
     target = paths.results / f"{stage}.json"
-    draft = target.with_name(f".{stage}-{os.getpid()}")
-    draft.write_text(json.dumps(finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, target)
+    replace_text(target, json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
     return target
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all; an older one stays until then."""
+    draft = file.with_name(f".{file.name}-{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
 
 
 def finite(tree: Any) -> Any:

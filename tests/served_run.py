@@ -44,6 +44,7 @@ def make_run(
     customers: int = 60,
     days: int = 40,
     future_days: int = 5,
+    online_store: str = "",
 ) -> ServedRun:
     """Make the run. The last event lies a few minutes back, so that live events may follow."""
     end = datetime.now(UTC) - timedelta(minutes=10)
@@ -58,11 +59,11 @@ def make_run(
     cut = end - timedelta(days=future_days)
     history, future = table.filter(pl.col("event_time") < cut), table.filter(pl.col("event_time") >= cut)
     paths = RunPaths(folder).create()
-    client = FeatureClient(paths)
+    client = FeatureClient(paths, online_store)
     client.apply()
     spec = client.declaration().vector(vector)
     engine = StreamEngine(client.declaration(), spec, client, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
-    engine.warm(history)
+    client.warm(engine, history)
     client.close()
     registry = Registry.open(paths)
     run = ServedRun(paths, registry, history, future)

@@ -4,11 +4,16 @@ Windows are integer prefix sums and binary searches over rows sorted by key and 
 and sums are exact and cost does not depend on how many events a window holds. The formulas are those of the stream
 engine (data/formulas.py).
 
+No feature reads the history of two owners: a card's, a terminal's or a device's column needs the rows of that one
+alone. :func:`owner_columns` computes an owner's columns from all its rows and :func:`assemble` puts vectors together,
+here over the whole table and in data/ray_engine.py over partitions of it.
+
     N  rows     F  features     S  sequence length     C  sequence channels
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +31,7 @@ from deepseek_ray.data.formulas import (
     request_values,
 )
 from deepseek_ray.data.history import UNKNOWN_DEVICE, Group, History
-from deepseek_ray.data.windows import SECOND_US, VectorSpec
+from deepseek_ray.data.windows import OWNERS, SECOND_US, VectorSpec
 
 SEQUENCE_CHANNELS = ("amount_cents", "age_s", "same_terminal", "same_country", "channel", "known_fraud")
 
@@ -79,19 +84,54 @@ def compute(
         FeatureError: ``order_us`` is not strictly increasing.
     """
     delay = delay_us(label_delay_days)
-    horizon = spec.horizon_us("card", delay)
-    history = History(transactions, delay, horizon)
-    values = np.empty((len(transactions), len(spec.names)))
+    history = History(transactions, delay, spec.horizon_us("card", delay))
+    return assemble(history, spec, sequence_len)
+
+
+def assemble(
+    history: History, spec: VectorSpec, sequence_len: int, known: Mapping[str, FloatArray] | None = None
+) -> FeatureTable:
+    """Whole vectors of all rows of a history.
+
+    Args:
+        history: whole cards, and whole histories of every owner that is not in ``known``.
+        spec: the vector.
+        sequence_len: S, earlier events of the card a row gets.
+        known: owner -> its columns [N, columns of the owner], computed elsewhere by :func:`owner_columns`.
+    """
+    values = np.empty((len(history.order), len(spec.names)))
     _fill_request(history, values, spec.request)
-    for key, columns in spec.keys.items():
-        group = Group(history, columns)
-        for position, feature in enumerate(spec.features, len(spec.request)):
-            if feature.key == key:
-                values[:, position] = WITHOUT_HISTORY.get(feature.aggregation, 0.0)
-                values[group.rows, position] = FORMULAS[feature.aggregation](group.window(feature.window_us))
-    names, ids, cards = spec.names, transactions["transaction_id"].to_numpy(), transactions["card_id"].to_numpy()
-    sequence = _sequence(history, sequence_len, horizon)
+    for owner in spec.owners:
+        if known and owner in known:
+            values[:, spec.positions(owner)] = known[owner]
+        else:
+            for position, column in owner_columns(history, spec, owner):
+                values[:, position] = column
+    names, frame = spec.names, history.frame
+    ids, cards = frame["transaction_id"].to_numpy(), frame["card_id"].to_numpy()
+    sequence = _sequence(history, sequence_len, spec.horizon_us("card", history.delay))
     return FeatureTable(history.order, ids, cards, values, sequence, names, spec.service, spec.digest)
+
+
+def owner_columns(history: History, spec: VectorSpec, owner: str) -> Iterator[tuple[int, FloatArray]]:
+    """Each column that comes from an owner's history: its position in the vector, and its values [N].
+
+    Args:
+        history: all rows of each of the owner's values in it.
+        spec: the vector.
+        owner: ``card``, ``terminal`` or ``device``.
+
+    Raises:
+        FeatureError: ``order_us`` is not strictly increasing.
+    """
+    for key, columns in spec.keys.items():
+        if OWNERS[columns[0]] == owner:
+            group = Group(history, columns)
+            for position, feature in enumerate(spec.features, len(spec.request)):
+                if feature.key == key:
+                    column = np.full(len(history.order), WITHOUT_HISTORY.get(feature.aggregation, 0.0))
+                    column[group.rows] = FORMULAS[feature.aggregation](group.window(feature.window_us))
+                    yield position, column
 
 
 def _fill_request(history: History, values: FloatArray, names: tuple[str, ...]) -> None:

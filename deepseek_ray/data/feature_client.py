@@ -19,18 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
-from deepseek_ray.data import windows
+from deepseek_ray.data import offline_store, redis_store, windows
 from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS, FeatureTable
 from deepseek_ray.data.stream_engine import StreamEngine
-from deepseek_ray.data.windows import SECOND_US, Declaration
+from deepseek_ray.data.windows import SECOND_US, Declaration, VectorSpec
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths
@@ -49,7 +45,6 @@ for _name in _FEAST_SWITCHES:
     os.environ.pop(_name, None)
 
 REPOSITORY = windows.DECLARATION.parent
-PASSWORD_ENV = "DEEPSEEK_RAY_REDIS_PASSWORD"
 _COPIED = ("definitions.py", "windows.yaml", ".feastignore")
 _STATE_VIEW, _STATE = "entity_state", "state"
 _BUSY_TIMEOUT_MS = 5_000
@@ -62,7 +57,7 @@ class FeatureClient:
     Args:
         paths: the run.
         online_store: ``redis://host:port`` (``rediss`` for TLS; the password comes from DEEPSEEK_RAY_REDIS_PASSWORD),
-            else SQLite in the run folder.
+            else the store that the run was applied with; SQLite in the run folder when it was applied without one.
     """
 
     def __init__(self, paths: RunPaths, online_store: str = "") -> None:
@@ -84,7 +79,7 @@ class FeatureClient:
         with _writing(folder):
             settings = yaml.safe_load((REPOSITORY / "feature_store.yaml").read_text(encoding="utf-8"))
             if self.online_store:
-                settings["online_store"] = _redis(self.online_store)
+                settings |= redis_store.settings(self.online_store, folder)
             for name in _COPIED:
                 shutil.copyfile(REPOSITORY / name, folder / name)
             (folder / "feature_store.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -109,17 +104,26 @@ class FeatureClient:
         Raises:
             FeatureError: the service is not registered with this digest.
         """
-        tags = self.services().get(table.service)
-        if tags is None or tags["digest"] != table.digest:
-            problem = f"Service {table.service!r} with digest {table.digest[:12]} is not registered in this run."
-            raise FeatureError(problem, fix="apply() the declaration the vectors were computed with")
-        folder = self._offline(table.service)
+        folder = self._registered(table.service, table.digest)
         with _writing(folder):
-            part = folder / f"part-{len(list(folder.glob('part-*.parquet'))):05d}.parquet"
-            temporary = part.with_suffix(".writing")
-            pq.write_table(_arrow(table), temporary, compression="zstd", compression_level=1)
-            os.replace(temporary, part)
-        return part
+            return offline_store.append(table, folder)
+
+    @contextmanager
+    def offline_part(self, spec: VectorSpec) -> Iterator[Path]:
+        """A folder to write parquet files of vectors to, by any process; the store has them once the block ends well.
+
+        Raises:
+            FeatureError: the service is not registered with this digest.
+        """
+        folder = self._registered(spec.service, spec.digest)
+        with _writing(folder):
+            files = offline_store.stage(folder)
+        try:
+            yield files
+            with _writing(folder):
+                offline_store.adopt(files, folder)
+        finally:
+            shutil.rmtree(files, ignore_errors=True)
 
     def historical(self, entities: pl.DataFrame, service: str) -> FeatureTable:
         """The point-in-time join: for each (card_id, order_us) the card's newest vector at or before that order.
@@ -134,23 +138,26 @@ class FeatureClient:
         Raises:
             FeatureError: nothing is stored, or some card has no vector at or before its order.
         """
-        stored = self._stored(service)
-        keys = stored.select("card_id", "order_us").with_row_index("place").sort("order_us", maintain_order=True)
-        keys = keys.unique(["card_id", "order_us"], keep="last", maintain_order=True)
+        keys = offline_store.keys(self._offline(service))
+        if not keys.width:
+            raise FeatureError(f"No vectors of {service!r} are stored in this run.", fix="call write_offline() first")
+        keys = keys.sort("order_us", maintain_order=True).unique(
+            ["card_id", "order_us"], keep="last", maintain_order=True
+        )
         wanted = entities.select("card_id", "order_us").with_row_index("row").sort("order_us")
         joined = wanted.join_asof(keys, on="order_us", by="card_id", check_sortedness=False).sort("row")
         lost = joined.filter(pl.col("place").is_null())
         if lost.height:
             problem = f"{lost.height} rows have no vector, the first is card {lost['card_id'][0]!r}."
             raise FeatureError(problem, fix="compute and write_offline() the features of these transactions")
-        return self._table(stored[joined["place"]], service)
+        return self._table(offline_store.take(self._offline(service), joined.select("file", "place")), service)
 
     def warm(self, engine: StreamEngine, transactions: pl.DataFrame) -> int:
         """Fill the online store by ``engine.warm`` and keep the rows, so that served vectors can be verified.
 
         Returns the number of states written.
         """
-        folder = self._warmed(engine.spec.service).parent
+        folder = self.paths.warmed
         with _writing(folder):
             written = engine.warm(transactions)
             temporary = folder / f".{engine.spec.service}.writing"
@@ -169,8 +176,10 @@ class FeatureClient:
         blobs: list[bytes | None] = []
         for first in range(0, len(keys), _READ_CHUNK):
             messages = [_entity_key(key) for key in keys[first : first + _READ_CHUNK]]
-            found = _online(store).online_read(store.config, view, messages, [_STATE])
-            blobs += [values[_STATE].bytes_val if values else None for _, values in found]
+            with redis_store.reaching(store.config.online_store):
+                found = _online(store).online_read(store.config, view, messages, [_STATE])
+            # Redis gives an empty value for what it does not hold; a state is never empty
+            blobs += [(values[_STATE].bytes_val or None) if values else None for _, values in found]
         return blobs
 
     def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
@@ -178,12 +187,15 @@ class FeatureClient:
         store, view = self._store(), self._state_view()
         rows = [(_entity_key(key), {_STATE: Value(bytes_val=blob)}, _time(order), None) for key, blob, order in states]
         if rows:
-            _online(store).online_write_batch(store.config, view, rows, None)
+            with redis_store.reaching(store.config.online_store):
+                _online(store).online_write_batch(store.config, view, rows, None)
 
     def close(self) -> None:
         """Release the online store's connection."""
-        if self._opened is not None and self._opened.config.online_store.type == "sqlite":
-            _online(self._opened)._get_conn(self._opened.config).close()
+        if self._opened is not None:
+            online, config = _online(self._opened), self._opened.config
+            sqlite = config.online_store.type == "sqlite"
+            (online._get_conn(config) if sqlite else online._get_client(config.online_store)).close()
         self._opened = self._view = None
 
     def _store(self) -> Any:
@@ -191,9 +203,19 @@ class FeatureClient:
             if not (self.paths.feature_store / "registry.db").exists():
                 problem = f"The run {str(self.paths.root)!r} has no feature store."
                 raise FeatureError(problem, fix="call apply() first, or name the right run")
-            self._opened = FeatureStore(repo_path=str(self.paths.feature_store))
-            _tune(self._opened)
+            opened = FeatureStore(repo_path=str(self.paths.feature_store))
+            self._check_store(opened)
+            _tune(opened)
+            self._opened = opened
         return self._opened
+
+    def _check_store(self, opened: Any) -> None:
+        """The states lie where the run was applied; another store would be empty, and every card new."""
+        used = redis_store.address(opened.config.online_store)
+        wanted = redis_store.address_of(self.online_store) if self.online_store else used
+        if wanted != used:
+            problem = f"stores.online_store = {self.online_store!r}, but this run uses {used or 'SQLite'!r}."
+            raise ConfigError(problem, fix="give the setting to train already, and warm again")
 
     def _state_view(self) -> Any:
         if self._view is None:
@@ -204,18 +226,20 @@ class FeatureClient:
         return self.paths.feature_store / "offline" / service
 
     def _warmed(self, service: str) -> Path:
-        return self.paths.feature_store / "warmed" / f"{service}.parquet"
+        return self.paths.warmed / f"{service}.parquet"
 
-    def _stored(self, service: str) -> pl.DataFrame:
-        parts = sorted(self._offline(service).glob("part-*.parquet"))
-        if not parts:
-            raise FeatureError(f"No vectors of {service!r} are stored in this run.", fix="call write_offline() first")
-        return pl.read_parquet(parts)
+    def _registered(self, service: str, digest: str) -> Path:
+        """Where the vectors of a service go, when it is registered with the digest they were computed by."""
+        tags = self.services().get(service)
+        if tags is None or tags["digest"] != digest:
+            problem = f"Service {service!r} with digest {digest[:12]} is not registered in this run."
+            raise FeatureError(problem, fix="apply() the declaration the vectors were computed with")
+        return self._offline(service)
 
     def _table(self, rows: pl.DataFrame, service: str) -> FeatureTable:
         tags = self.services()[service]
         spec = self.declaration().vector(tags["vector"])
-        values, sequence = (_flat(rows[name]) for name in ("feature_values", "sequence"))
+        values, sequence = (offline_store.flat(rows[name]) for name in ("feature_values", "sequence"))
         return FeatureTable(
             rows["order_us"].to_numpy(),
             rows["transaction_id"].to_numpy(),
@@ -239,19 +263,6 @@ def _tune(store: Any) -> None:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _redis(url: str) -> dict[str, str]:
-    parts = urlsplit(url)
-    if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
-        raise ConfigError(f"stores.online_store = {url!r} is not understood.", fix="write redis://host:port")
-    if parts.password:
-        raise ConfigError("stores.online_store holds a password.", fix=f"put it into the environment as {PASSWORD_ENV}")
-    options = [f"{parts.hostname}:{parts.port or 6379}"]
-    options += [f"db={parts.path.strip('/')}"] if parts.path.strip("/") else []
-    options += ["ssl=true"] if parts.scheme == "rediss" else []
-    options += [f"password=${{{PASSWORD_ENV}}}"] if os.environ.get(PASSWORD_ENV) else []  # Feast expands it
-    return {"type": "redis", "connection_string": ",".join(options)}
 
 
 @contextmanager
@@ -282,27 +293,3 @@ def _entity_key(key: str) -> Any:
 
 def _time(order_us: int) -> datetime:
     return datetime.fromtimestamp(order_us / SECOND_US, UTC)
-
-
-def _arrow(table: FeatureTable) -> pa.Table:
-    rows = len(table.order_us)
-    return pa.table(
-        {
-            "card_id": pa.array(table.card_id, pa.string()),
-            "event_timestamp": pa.array(table.order_us, pa.int64()).cast(pa.timestamp("us", tz="UTC")),
-            "order_us": pa.array(table.order_us, pa.int64()),
-            "transaction_id": pa.array(table.transaction_id, pa.string()),
-            "feature_values": _lists(table.values.reshape(rows, -1)),
-            "sequence": _lists(table.sequence.reshape(rows, -1)) if rows else pa.array([], pa.list_(pa.float64())),
-        }
-    )
-
-
-def _lists(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> pa.Array:
-    rows, width = matrix.shape
-    offsets = pa.array(np.arange(rows + 1, dtype=np.int64) * width)
-    return pa.LargeListArray.from_arrays(offsets, pa.array(matrix.ravel())).cast(pa.list_(pa.float64()))
-
-
-def _flat(column: pl.Series) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return column.explode(empty_as_null=False).to_numpy()

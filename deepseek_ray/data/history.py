@@ -22,7 +22,7 @@ from deepseek_ray.data.windows import LARGE_WINDOW_US
 from deepseek_ray.errors import FeatureError, SchemaError
 
 UNKNOWN_DEVICE = "unknown"
-_NEEDED = (
+NEEDED = (
     "transaction_id", "order_us", "card_id", "terminal_id", "amount_cents", "device_id", "channel", "country",
     "merchant_category", "is_fraud", "label_us",
 )  # fmt: skip
@@ -49,7 +49,7 @@ class History:
     """The columns of a transactions table as integers, in the given row order."""
 
     def __init__(self, frame: pl.DataFrame, delay: int, patience: int) -> None:
-        missing = [column for column in _NEEDED if column not in frame.columns]
+        missing = [column for column in NEEDED if column not in frame.columns]
         if missing:
             raise SchemaError(
                 f"The transactions table has no column {missing[0]!r}.", fix="build it with deepseek_ray.data.table"

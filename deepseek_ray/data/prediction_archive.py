@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,13 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, unpack
+from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, DROP_VECTORS, unpack
 from deepseek_ray.errors import DataError, EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, sync
+from deepseek_ray.sqlite import read_uri
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
-_PRUNE_ROWS = 2_000
+_PRUNE_ROWS, _PRUNE_PAUSE_S = 200, 0.01
 
 Kind = Literal["predictions", "feedback"]
 
@@ -172,7 +174,7 @@ def _read(paths: RunPaths, kind: Kind) -> pl.DataFrame:
     # archive, and dropped from the log's share because its number is not above the manifest's.
     fresh = _empty(kind)
     if paths.prediction_log.exists():
-        with _connect(paths.prediction_log) as db:
+        with _connect(paths.prediction_log, read_only=True) as db:
             start = read_manifest(paths.prediction_archive).last(kind)
             fresh = _fetch(db, kind, start, 2**62)
     manifest = read_manifest(paths.prediction_archive)
@@ -225,11 +227,11 @@ def _remove_strays(folder: Path, manifest: Manifest) -> None:
 
 
 def _prune(db: sqlite3.Connection, last: int) -> None:
-    query = f"DELETE FROM vectors WHERE seq IN (SELECT seq FROM vectors WHERE seq <= ? LIMIT {_PRUNE_ROWS})"
-    while True:  # short transactions: the service writes between them
+    while True:  # short transactions, and time between them: SQLite keeps no queue, the service would go on losing
         with db:
-            if db.execute(query, (last,)).rowcount == 0:
+            if db.execute(DROP_VECTORS, (last, _PRUNE_ROWS)).rowcount == 0:
                 return
+        time.sleep(_PRUNE_PAUSE_S)
 
 
 @contextmanager
@@ -245,9 +247,10 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _connect(path: Path) -> Iterator[sqlite3.Connection]:
+def _connect(path: Path, *, read_only: bool = False) -> Iterator[sqlite3.Connection]:
+    uri = read_uri(path) if read_only else path.absolute().as_uri()
     try:
-        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as db:
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)) as db:
             yield db
     except sqlite3.Error as error:
         raise _unusable(path, error) from error

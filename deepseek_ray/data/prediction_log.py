@@ -21,10 +21,12 @@ import numpy.typing as npt
 
 from deepseek_ray.data.events import Decision, Reason, Transaction, to_us
 from deepseek_ray.errors import DataError, EnvironmentProblemError
+from deepseek_ray.sqlite import read_uri
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
 _LOOKUP_CHUNK = 500
+DROP_VECTORS = "DELETE FROM vectors WHERE seq IN (SELECT seq FROM vectors WHERE seq <= ? ORDER BY seq LIMIT ?)"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS predictions (
@@ -125,14 +127,15 @@ class PredictionLog:
     Args:
         path: database file; made when missing.
         synchronous: FULL survives a power cut; NORMAL only a crash of the process.
+        read_only: only look something up: nothing is written, and the folder may be read-only.
 
     Raises:
         EnvironmentProblemError: the file cannot be opened, is locked or is not such a log.
     """
 
-    def __init__(self, path: Path, *, synchronous: Literal["FULL", "NORMAL"] = "FULL") -> None:
+    def __init__(self, path: Path, *, synchronous: Literal["FULL", "NORMAL"] = "FULL", read_only: bool = False) -> None:
         self.path = path
-        self._db = _open(path, synchronous)
+        self._db = _open_to_read(path) if read_only else _open(path, synchronous)
 
     def close(self) -> None:
         """Release the file."""
@@ -201,6 +204,18 @@ class PredictionLog:
     def _meta(self, name: str) -> int:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return int(row[0]) if row else 0
+
+    def drop_vectors(self, last: int, limit: int) -> int:
+        """Forget the vectors of at most ``limit`` rows up to row number ``last``, which the archive holds.
+
+        Returns:
+            How many were dropped, 0 when none is left. The rest of each row stays, to recognise a repeated transaction.
+        """
+        try:
+            with self._db:
+                return self._db.execute(DROP_VECTORS, (last, limit)).rowcount
+        except sqlite3.Error as error:
+            raise _unusable(self.path, error) from error
 
     @property
     def applied(self) -> tuple[int, int]:
@@ -340,6 +355,15 @@ def _open(path: Path, synchronous: str) -> sqlite3.Connection:
         db.execute(f"PRAGMA synchronous={synchronous}")
         _check_schema(db, path)
     except (OSError, sqlite3.Error) as error:
+        raise _unusable(path, error) from error
+    return db
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(read_uri(path), uri=True, timeout=BUSY_TIMEOUT_S)
+        _check_schema(db, path)
+    except sqlite3.Error as error:
         raise _unusable(path, error) from error
     return db
 

@@ -28,14 +28,42 @@ def matured_rows(
         DataError: no decision is old enough.
     """
     logged = read_predictions(paths).filter(pl.col("feature_digest") == feature_digest)
-    newest = int(logged["order_us"].max() or 0)  # type: ignore[arg-type]
-    end_us = (newest - delay_us(label_delay_days)) // DAY_US * DAY_US  # a day cut short would judge on a few rows
-    rows = logged.filter(pl.col("order_us") < end_us).sort("order_us")
+    rows = _matured(logged, label_delay_days)
     if not rows.height:
         raise DataError(
             f"None of {logged.height} logged decisions is {label_delay_days:g} days old.", fix="wait for their labels"
         )
-    return to_rows(rows, columns, rows["is_fraud"].fill_null(0).to_numpy())
+    return to_rows(rows, columns, rows["is_fraud"].to_numpy())
+
+
+def newest_rows(
+    paths: RunPaths,
+    columns: tuple[str, ...],
+    feature_digest: str,
+    label_delay_days: float,
+    *,
+    after: str,
+    num_days: int,
+) -> RiskDataset | None:
+    """The newest matured days, to judge versions that have not trained on them; None where they hold no fraud.
+
+    Args:
+        after: the last day that one of the versions trained on, ISO 8601; only later days are taken.
+        num_days: days taken at most. For the other arguments see ``matured_rows``; the run need not have a log.
+    """
+    logged = read_predictions(paths).filter(pl.col("feature_digest") == feature_digest)
+    rows = _matured(logged, label_delay_days).with_columns(day=pl.col("order_us") // DAY_US)
+    rows = rows.filter(pl.col("day") > int(np.datetime64(after, "D").astype(np.int64)))
+    rows = rows.filter(pl.col("day") > pl.col("day").max() - num_days)
+    if not rows["is_fraud"].sum():
+        return None
+    return to_rows(rows, columns, rows["is_fraud"].to_numpy())
+
+
+def _matured(logged: pl.DataFrame, label_delay_days: float) -> pl.DataFrame:
+    newest = int(logged["order_us"].max() or 0)  # type: ignore[arg-type]
+    end_us = (newest - delay_us(label_delay_days)) // DAY_US * DAY_US  # a day cut short would judge on a few rows
+    return logged.filter(pl.col("order_us") < end_us).sort("order_us").with_columns(pl.col("is_fraud").fill_null(0))
 
 
 def to_rows(

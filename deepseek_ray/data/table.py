@@ -244,7 +244,8 @@ def read(path: Path) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError) as error:
         if isinstance(error, FileNotFoundError):
             raise DataError(
-                f"There is no transactions table at {str(path)!r}.", fix="run `deepseek-ray ingest` first"
+                f"There is no transactions table at {str(path)!r}.",
+                fix=f"deepseek-ray ingest --synthetic --run {path.parent}, or a FILE instead of --synthetic",
             ) from error
         raise DataError(
             f"The file {str(path)!r} is not readable parquet: {error}.", fix="ingest the data again"

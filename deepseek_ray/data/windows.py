@@ -20,7 +20,7 @@ import yaml
 from deepseek_ray.data.events import CHANNELS
 from deepseek_ray.errors import FeatureError
 
-DECLARATION = Path(__file__).resolve().parents[2] / "features" / "windows.yaml"
+DECLARATION = Path(__file__).parents[1] / "features" / "windows.yaml"  # a symlink here, files in the wheel
 FORMULA_VERSION = 1
 """``version`` of the declaration and part of every digest: raise both when a formula changes its value."""
 
@@ -103,6 +103,17 @@ class VectorSpec:
     def windows_us(self) -> dict[str, tuple[int, ...]]:
         """Ascending windows each key needs."""
         return {key: tuple(sorted({f.window_us for f in self.features if f.key == key})) for key in self.keys}
+
+    @cached_property
+    def owners(self) -> tuple[str, ...]:
+        """Whose histories the vector needs: card, terminal, device; the card's always, for the sequence."""
+        needed = {OWNERS[columns[0]] for columns in self.keys.values()} | {"card"}
+        return tuple(owner for owner in OWNERS.values() if owner in needed)
+
+    def positions(self, owner: str) -> list[int]:
+        """Columns of the vector that come from an owner's history, ascending."""
+        named = enumerate(self.features, len(self.request))
+        return [position for position, feature in named if OWNERS[self.keys[feature.key][0]] == owner]
 
     def horizon_us(self, owner: str, delay_us: int) -> int:
         """How far back an owner's (card, terminal, device) events matter, in microseconds.

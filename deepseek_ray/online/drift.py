@@ -1,13 +1,10 @@
-"""Drift: has the input moved, have the scores moved, has the model become worse?
+"""Drift: has the input moved, have the scores moved?
 
-Population stability index and Kolmogorov-Smirnov compare values with a reference; the prequential
-average precision follows the quality over labels as they mature (test, then train: Gama et al. 2013,
-"On evaluating stream learning algorithms").
+Population stability index and Kolmogorov-Smirnov compare values with a reference.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +13,6 @@ import numpy.typing as npt
 from scipy.stats import ks_2samp
 
 from deepseek_ray.errors import DataError
-from deepseek_ray.metrics import average_precision
 
 Floats = npt.NDArray[np.float64]
 
@@ -108,56 +104,6 @@ def compare_all(references: Sequence[Reference], columns: Mapping[str, npt.Array
     """Compare every referenced column, most moved first."""
     results = [compare(reference, columns[reference.name]) for reference in references]
     return sorted(results, key=lambda result: -result.psi)
-
-
-@dataclass(frozen=True)
-class PrequentialPoint:
-    """Quality over the newest matured labels.
-
-    Args:
-        known_us: when the newest of them became known, microseconds.
-        average_precision: over the window; NaN without any fraud in it.
-        num_rows: labels in the window.
-        num_fraud: frauds in the window.
-    """
-
-    known_us: int
-    average_precision: float
-    num_rows: int
-    num_fraud: int
-
-
-class Prequential:
-    """Average precision over a sliding window of decisions whose labels have matured.
-
-    Each score was given before its label was known, so nothing is tested on what it was trained on.
-
-    Args:
-        window: decisions kept.
-    """
-
-    def __init__(self, window: int = 20_000) -> None:
-        if window < 1:
-            raise ValueError(f"window={window} must be >= 1")
-        self._rows: deque[tuple[int, float, bool]] = deque(maxlen=window)
-
-    def add(self, score: float, is_fraud: bool, known_us: int) -> None:
-        """Add one decision once its label is known, in the order the labels come.
-
-        Raises:
-            DataError: the score is not a probability.
-        """
-        if not 0.0 <= score <= 1.0:
-            raise DataError(f"The score {score!r} is no probability.", fix="log scores between 0 and 1")
-        self._rows.append((known_us, score, is_fraud))
-
-    def point(self) -> PrequentialPoint:
-        """The quality now."""
-        labels = np.array([is_fraud for _, _, is_fraud in self._rows], dtype=np.int8)
-        scores = np.array([score for _, score, _ in self._rows], dtype=np.float64)
-        num_fraud = int(labels.sum())
-        value = float(average_precision(labels, scores)) if num_fraud else float("nan")
-        return PrequentialPoint(self._rows[-1][0] if self._rows else 0, value, len(labels), num_fraud)
 
 
 def _shares(values: Floats, edges: Floats) -> Floats:

@@ -17,7 +17,10 @@ import polars as pl
 from deepseek_ray.client import RiskClient
 from deepseek_ray.data.datasets import DAY_US
 from deepseek_ray.data.events import Feedback, Transaction
-from deepseek_ray.errors import DeepseekRayError
+from deepseek_ray.errors import DeepseekRayError, RequestError
+from deepseek_ray.logs import get_logger
+
+log = get_logger(__name__)
 
 FEEDBACK_BATCH = 250
 CHUNKS_A_DAY = 4
@@ -31,7 +34,9 @@ class Outcome:
     Attributes:
         predictions: transaction id -> prediction id.
         latencies_ms: one a scoring request, as the client saw it.
+            An open-loop schedule counts from the moment the request was due, so that a stall is not hidden.
         failures: message of each request that failed.
+        sending_s: seconds spent sending them.
         feedback: labels accepted.
     """
 
@@ -40,6 +45,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     requests: int = 0
     feedback: int = 0
+    sending_s: float = 0.0
 
     def figures(self) -> dict[str, Any]:
         """Counts, percentiles in milliseconds and the first failures, as plain data."""
@@ -51,6 +57,7 @@ class Outcome:
             "feedback": self.feedback,
             "failed": len(self.failures),
             "failures": self.failures[:5],
+            "http_achieved_rate": self.requests / self.sending_s if self.sending_s else None,
             **{f"http_p{p}_ms": value for p, value in zip(at, found, strict=True)},
         }
 
@@ -99,6 +106,7 @@ async def play_day(
     *,
     lanes: int,
     rate_per_s: Callable[[], float],
+    open_loop: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Sequence[Label]:
     """Play the day that begins at ``start_us`` in quarters: first the labels due by a quarter's end, then its payments.
@@ -117,8 +125,22 @@ async def play_day(
         labels = labels[num_due:]
         chunk = rows.filter(pl.col("order_us").is_between(start, start + step, closed="left"))
         records = list(to_transactions(chunk))
-        await send_transactions(client, records, outcome, lanes=lanes, rate_per_s=rate_per_s, progress=progress)
+        await send_transactions(
+            client, records, outcome, lanes=lanes, rate_per_s=rate_per_s, open_loop=open_loop, progress=progress
+        )
     return labels
+
+
+async def send_threshold(client: RiskClient, threshold: float, model_version: str) -> bool:
+    """Move the threshold of the version that it was computed for; False, with a warning, if another serves by now."""
+    try:
+        await client.set_threshold(threshold, model_version)
+    except RequestError as error:
+        if error.status != 409:
+            raise
+        log.warning("the threshold %.4g of version %s is left out: %s", threshold, model_version, error)
+        return False
+    return True
 
 
 async def send_labels(client: RiskClient, labels: Sequence[Label], outcome: Outcome) -> None:
@@ -146,44 +168,50 @@ async def send_transactions(
     *,
     lanes: int,
     rate_per_s: Callable[[], float],
+    open_loop: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Score transactions one a request, over ``lanes`` clients at once; a card always keeps to its lane and order.
 
     Args:
         rate_per_s: requests a second over all lanes, asked again for each request; 0 means as fast as answers come.
+        open_loop: keep to the schedule when answers are slow: what is overdue goes out as soon as a lane is free, and
+            its latency counts from when it was due. Else a slow answer moves all that comes after it.
     """
     queues: list[list[Transaction]] = [[] for _ in range(lanes)]
     for transaction in transactions:
         queues[zlib.crc32(transaction.card_id.encode()) % lanes].append(transaction)
-    pacer = _Pacer(rate_per_s)
+    pacer = _Pacer(rate_per_s, open_loop=open_loop)
 
     async def lane(queue: Sequence[Transaction]) -> None:
         for transaction in queue:
-            await pacer.wait()
-            await _score(client, transaction, outcome)
+            await _score(client, transaction, outcome, await pacer.wait())
             progress(1)
 
+    start = time.perf_counter()
     await asyncio.gather(*(lane(queue) for queue in queues))
+    outcome.sending_s += time.perf_counter() - start
 
 
 class _Pacer:
     """Hands out evenly spaced moments to all lanes together."""
 
-    def __init__(self, rate_per_s: Callable[[], float]) -> None:
-        self._rate_per_s = rate_per_s
+    def __init__(self, rate_per_s: Callable[[], float], *, open_loop: bool = False) -> None:
+        self._rate_per_s, self._open_loop = rate_per_s, open_loop
         self._next_s = time.perf_counter()
 
-    async def wait(self) -> None:
+    async def wait(self) -> float:
+        """Wait for the next moment; returns when the request that takes it was due, in ``time.perf_counter``."""
         rate = self._rate_per_s()
-        if rate > 0:
-            slot_s = max(self._next_s, time.perf_counter())
-            self._next_s = slot_s + 1 / rate
-            await asyncio.sleep(slot_s - time.perf_counter())
+        if rate <= 0:
+            return time.perf_counter()
+        slot_s = self._next_s if self._open_loop else max(self._next_s, time.perf_counter())
+        self._next_s = slot_s + 1 / rate
+        await asyncio.sleep(slot_s - time.perf_counter())
+        return slot_s if self._open_loop else time.perf_counter()
 
 
-async def _score(client: RiskClient, transaction: Transaction, outcome: Outcome) -> None:
-    start = time.perf_counter()
+async def _score(client: RiskClient, transaction: Transaction, outcome: Outcome, start: float) -> None:
     outcome.requests += 1
     try:
         prediction = (await client.score([transaction]))[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Reservoir:
 
     def num_kept(self, label: int) -> int:
         """Rows kept of one class."""
-        return min(self.seen[label], self.capacity)
+        return len(self._kept[label].get(LABEL, ()))
 
     def add(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Offer labelled rows in their order.
@@ -63,6 +63,30 @@ class Reservoir:
             chosen = np.flatnonzero(label == value)
             if chosen.size:
                 self._offer(value, {name: array[chosen] for name, array in columns.items()})
+
+    def correct(self, columns: Mapping[str, npt.NDArray[Any]], key: Sequence[str]) -> int:
+        """Make frauds of rows that were offered as genuine, whether they were kept or thinned out.
+
+        A row that a full class of frauds may have seen and dropped is taken only where it is still kept as genuine.
+
+        Args:
+            columns: rows that were offered before and are fraud, as for :meth:`add`.
+            key: columns that together name a row.
+
+        Returns:
+            How many rows were corrected; those that are known as frauds are left as they are.
+        """
+        genuine, fraud = (_names(self._kept[label], key) for label in (0, 1))
+        known, here, whole = set(fraud), set(genuine), self.num_kept(1) == self.seen[1]
+        late = np.array([n not in known and (whole or n in here) for n in _names(columns, key)], dtype=bool)
+        if not late.any():
+            return 0
+        moved = set(_names({name: columns[name][late] for name in key}, key))
+        stays = np.array([name not in moved for name in genuine], dtype=bool)
+        self._kept[0] = {name: array[stays] for name, array in self._kept[0].items()}
+        self.seen[0] -= int(late.sum())
+        self.add({name: array[late] for name, array in columns.items()})
+        return int(late.sum())
 
     def rows(self) -> Columns:
         """All kept rows, genuine ones first."""
@@ -133,26 +157,22 @@ class Reservoir:
 
     def _offer(self, label: int, rows: Columns) -> None:
         count = len(rows[LABEL])
+        kept = self.num_kept(label)
+        # a corrected row left a thinned class: its place stays empty, so that what is left is as fair a choice
+        room = self.capacity if kept == self.seen[label] else kept
         position = np.arange(self.seen[label], self.seen[label] + count, dtype=np.int64)
         drawn = self._rng[label].integers(0, position + 1)
-        slot = np.where(position < self.capacity, position, drawn)
-        taken = np.flatnonzero(slot < self.capacity)
+        slot = np.where(position < room, position, drawn)
+        taken = np.flatnonzero(slot < room)
         # several rows may want one slot: the newest wins, as if they had come one by one
         slots, first_from_end = np.unique(slot[taken][::-1], return_index=True)
         source = taken[::-1][first_from_end]
         self.seen[label] += count
-        for name, array in rows.items():
-            self._kept[label][name] = self._placed(label, name, array, slots, source)
-
-    def _placed(
-        self, label: int, name: str, array: npt.NDArray[Any], slots: npt.NDArray[Any], source: npt.NDArray[Any]
-    ) -> npt.NDArray[Any]:
-        old = self._kept[label].get(name, array[:0])
-        dtype = np.promote_types(old.dtype, array.dtype)  # longer strings need a wider column
-        new = np.empty((self.num_kept(label), *array.shape[1:]), dtype=dtype)
-        new[: len(old)] = old
-        new[slots] = array[source]
-        return new
+        size = min(room, self.seen[label])
+        old = self._kept[label]
+        self._kept[label] = {
+            name: _placed(old.get(name, array[:0]), array[source], slots, size) for name, array in rows.items()
+        }
 
     def _checked(self, columns: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
         if LABEL not in columns:
@@ -172,3 +192,16 @@ class Reservoir:
         for kept in self._kept.values():
             if kept and (name not in kept or kept[name].shape[1:] != array.shape[1:]):
                 raise DataError(f"Column {name!r} does not fit the rows kept before.", fix="start a new replay memory")
+
+
+def _placed(old: npt.NDArray[Any], new: npt.NDArray[Any], slots: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    dtype = np.promote_types(old.dtype, new.dtype)  # longer strings need a wider column
+    placed = np.empty((size, *new.shape[1:]), dtype=dtype)
+    placed[: len(old)] = old
+    placed[slots] = new
+    return placed
+
+
+def _names(columns: Mapping[str, npt.NDArray[Any]], key: Sequence[str]) -> list[tuple[Any, ...]]:
+    """One value a row that tells it from the others."""
+    return list(zip(*(columns[name].tolist() for name in key if name in columns), strict=True))

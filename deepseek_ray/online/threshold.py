@@ -1,4 +1,4 @@
-"""The decision threshold: as many alerts as people can review, or as little loss as possible."""
+"""The decision threshold: as many alerts as people can review, or a review wherever it pays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
+from deepseek_ray.config import ServingConfig
 from deepseek_ray.errors import DataError
 
 Floats = npt.NDArray[np.float64]
@@ -38,57 +39,37 @@ def budget_threshold(scores: npt.ArrayLike, alert_rate: float) -> float:
     return _above(candidate)
 
 
-def cost_threshold(
-    scores: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    amounts: npt.ArrayLike,
-    *,
-    review_cost: float,
-    caught_share: float = 1.0,
-) -> float:
-    """Threshold with the least loss on labelled decisions: missed fraud plus the cost of reviews.
+def cost_threshold(review_cost: float, missed_fraud_cost: float) -> float:
+    """Probability from which a review pays, given a calibrated score (Elkan 2001, "The foundations of cost-sensitive
+    learning").
 
     Args:
-        scores: probabilities [n].
-        labels: 1 for fraud [n].
-        amounts: what a missed fraud costs, same unit as ``review_cost`` [n].
-        review_cost: cost of one review, >= 0.
-        caught_share: share of a reviewed fraud's amount that is saved, 0-1.
+        review_cost: cost of one review, above 0.
+        missed_fraud_cost: cost of one fraud that is approved, in the same unit, above ``review_cost``.
+    """
+    return review_cost / missed_fraud_cost
 
-    Returns:
-        One of the scores, or just above the highest when no review pays.
+
+def policy_threshold(scores: npt.ArrayLike, config: ServingConfig) -> float:
+    """The threshold that ``serving.threshold_policy`` asks for.
+
+    Args:
+        scores: probabilities [n] that one version gave; only ``alert_rate`` looks at them.
+        config: the policy with its settings.
 
     Raises:
-        DataError: arrays are empty, differ in length, or a score is no probability.
+        DataError: ``alert_rate`` needs scores, and there are none, or one is no probability.
     """
-    p, y, a = _probabilities(scores), np.asarray(labels, dtype=np.float64), np.asarray(amounts, dtype=np.float64)
-    if not p.shape == y.shape == a.shape:
-        raise DataError(
-            f"scores {p.shape}, labels {y.shape} and amounts {a.shape} differ.", fix="give one of each a row"
-        )
-    order = np.argsort(-p, kind="stable")
-    gain = np.cumsum(y[order] * a[order] * caught_share - review_cost)
-    last_of_tie = np.append(p[order][1:] != p[order][:-1], True)
-    gain = np.where(last_of_tie, gain, -np.inf)
-    best = int(np.argmax(gain))
-    return float(p[order][best]) if gain[best] > 0 else _above(float(p.max()))
+    if config.threshold_policy == "cost":
+        return cost_threshold(config.review_cost, config.missed_fraud_cost)
+    return budget_threshold(scores, config.alert_rate)
 
 
-def bayes_threshold(amount: float, *, review_cost: float, caught_share: float = 1.0) -> float:
-    """Probability above which reviewing one payment pays, given a calibrated score (Elkan 2001).
+class LiveThreshold:
+    """The policy's threshold over a sliding window of scores.
 
     Args:
-        amount: what a missed fraud costs, same unit as ``review_cost``.
-    """
-    saved = amount * caught_share
-    return min(1.0, review_cost / saved) if saved > 0 else 1.0
-
-
-class AlertBudget:
-    """A threshold that follows the scores of a sliding window.
-
-    Args:
-        alert_rate: share of decisions that may be reviewed, 0-1.
+        config: the policy; ``alert_rate`` moves with the scores, ``cost`` stands still.
         initial: threshold until ``min_scores`` are seen, for example from the held-out days.
         window: newest scores kept.
         min_scores: scores needed before the threshold moves.
@@ -97,22 +78,20 @@ class AlertBudget:
 
     def __init__(
         self,
-        alert_rate: float,
+        config: ServingConfig,
         initial: float,
         *,
         window: int = 20_000,
         min_scores: int = 1_000,
         refresh_every: int = 200,
     ) -> None:
-        if not 0.0 < alert_rate < 1.0:
-            raise ValueError(f"alert_rate={alert_rate} must be between 0 and 1")
         if not 0.0 <= initial <= 1.0:
             raise ValueError(f"initial={initial} must be between 0 and 1")
         if window < min_scores or min_scores < 1 or refresh_every < 1:
             raise ValueError(
                 f"need window={window} >= min_scores={min_scores} >= 1 and refresh_every={refresh_every} >= 1"
             )
-        self.alert_rate = alert_rate
+        self._config = config
         self.value = initial
         self._min_scores = min_scores
         self._refresh_every = refresh_every
@@ -131,7 +110,7 @@ class AlertBudget:
         self._scores.extend(_probabilities(new).tolist())
         self._since_refresh += new.size
         if len(self._scores) >= self._min_scores and self._since_refresh >= self._refresh_every:
-            self.value = budget_threshold(np.fromiter(self._scores, dtype=np.float64), self.alert_rate)
+            self.value = policy_threshold(np.fromiter(self._scores, dtype=np.float64), self._config)
             self._since_refresh = 0
         return self.value
 

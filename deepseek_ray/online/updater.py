@@ -24,6 +24,7 @@ from deepseek_ray.online.replay import Columns, Reservoir
 from deepseek_ray.train.step import EpochRecord, Recipe, Training, calibrate
 
 _COLUMNS = ("features", "sequence", "label", "order_us", "day", "card", "amount_cents", "scenario")
+_KEY = ("card", "order_us")
 _UNTIL = "until_us"
 
 
@@ -56,6 +57,21 @@ def remember(memory: Reservoir, rows: RiskDataset) -> None:
     known = rows.labelled()
     memory.add({name: getattr(known, name) for name in _COLUMNS})
     memory.note[_UNTIL] = max([memory.note.get(_UNTIL, 0), *known.order_us.tolist()])
+
+
+def correct(memory: Reservoir, rows: RiskDataset) -> int:
+    """Make frauds in the memory of served rows that were remembered as genuine: their label came after the delay.
+
+    Args:
+        memory: rows are recognised by card and ``order_us``.
+        rows: what was served, with the labels known by now; rows that were never remembered are left out.
+
+    Returns:
+        How many rows were corrected.
+    """
+    late = (rows.label == 1) & (rows.order_us <= memory.note.get(_UNTIL, 0))
+    fraud = rows.select(late)
+    return memory.correct({name: getattr(fraud, name) for name in _COLUMNS}, key=_KEY)
 
 
 def not_remembered(memory: Reservoir, rows: RiskDataset) -> RiskDataset:

@@ -1,4 +1,8 @@
-"""Follows a live service day by day: drift of features and scores, quality on matured labels, the threshold."""
+"""Follows a live service day by day: drift of features and scores, quality on matured labels, the threshold.
+
+Each decision was made before its label was known: test, then train (Gama et al. 2013, "On evaluating stream learning
+algorithms").
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ from dataclasses import asdict, dataclass
 
 import polars as pl
 
-from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.config import ServingConfig
+from deepseek_ray.data.datasets import DAY_US, RiskDataset
 from deepseek_ray.data.prediction_archive import stack_values
 from deepseek_ray.metrics import average_precision
 from deepseek_ray.online.drift import DriftResult, Reference, compare_all
-from deepseek_ray.online.threshold import AlertBudget
+from deepseek_ray.online.threshold import LiveThreshold
 
 CALENDAR = ("weekday_", "weekend")
 """Features that are constant within a day: against many days they would always seem to have moved."""
@@ -23,7 +28,7 @@ class DayReport:
 
     Attributes:
         day: ISO date.
-        average_precision: prequential, over the decisions whose labels are known by now; None without a fraud.
+        average_precision: prequential, over the decisions whose labels came in the newest days; None without a fraud.
         threshold: for the next day.
         psi_max: largest population stability index over the features that vary in the reference.
     """
@@ -44,17 +49,22 @@ class Watch:
 
     Args:
         reference: rows of the training days; drift is measured against them.
-        alert_rate: share of decisions that people can review.
+        config: the policy that sets the threshold.
         threshold: decision threshold at the start.
+        window_days: days of newest labels that quality is measured on: long enough for some frauds, short enough that
+            another version soon speaks for itself.
     """
 
-    def __init__(self, reference: RiskDataset, *, alert_rate: float, threshold: float) -> None:
+    def __init__(
+        self, reference: RiskDataset, config: ServingConfig, *, threshold: float, window_days: float = 3.0
+    ) -> None:
         spread = reference.features.std(axis=0)
         varying = [index for index, name in enumerate(reference.feature_names) if spread[index] > 0]
         names = {reference.feature_names[index]: index for index in varying}
         self._columns = {name: index for name, index in names.items() if not name.startswith(CALENDAR)}
         self._references = [Reference.fit(name, reference.features[:, i]) for name, i in self._columns.items()]
-        self._budget = AlertBudget(alert_rate, threshold)
+        self._live = LiveThreshold(config, threshold)
+        self._window_us = round(window_days * DAY_US)
         self.results: list[DriftResult] = []
         self.days: list[DayReport] = []
 
@@ -64,13 +74,14 @@ class Watch:
         Args:
             day: ISO date.
             served: the day's rows of ``prediction_archive.read_predictions``.
-            matured: rows with ``probability`` and ``is_fraud`` whose labels came in by the end of the day.
+            matured: rows with ``probability``, ``is_fraud`` and ``known_us``; labels came in by the end of the day.
             frauds: true frauds of the day, which only a replay can know today.
         """
         values = stack_values(served)
         self.results = compare_all(self._references, {name: values[:, i] for name, i in self._columns.items()})
         known = matured.filter(pl.col("is_fraud").is_not_null())
-        has_fraud = known.height > 0 and int(known["is_fraud"].sum()) > 0
+        known = known.filter(pl.col("known_us") > pl.col("known_us").max() - self._window_us)
+        has_fraud = int(known["is_fraud"].sum()) > 0
         report = DayReport(
             day=day,
             transactions=served.height,
@@ -90,8 +101,8 @@ class Watch:
         version = served["model_version"][-1]
         own = served.filter(pl.col("model_version") == version)
         if self.days and self.days[-1].model_version != str(version):
-            self._budget.reset(float(own["threshold"][-1]))
-        return self._budget.observe(own["probability"].to_numpy())
+            self._live.reset(float(own["threshold"][-1]))
+        return self._live.observe(own["probability"].to_numpy())
 
     @property
     def swaps(self) -> Iterator[dict[str, str]]:

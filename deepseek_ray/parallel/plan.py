@@ -178,12 +178,8 @@ def _held(config: MoEConfig) -> tuple[float, float]:
         weights = sparse * counts.block + (len(numbers) - sparse) * counts.dense_block
         weights += counts.embedding * (stage == 0) + counts.head * (stage == total - 1)
         found.append((weights, sparse * counts.experts))
-    each = total // config.parallel.pp
-    parts = (
-        [found[rank :: config.parallel.pp] for rank in range(config.parallel.pp)] if each > 1 else [[f] for f in found]
-    )
-    sums = [(sum(w for w, _ in part), sum(e for _, e in part)) for part in parts]
-    return max(sums)
+    ranks = [[found[stage] for stage in stages_of(config.parallel, rank)] for rank in range(config.parallel.pp)]
+    return max((sum(w for w, _ in part), sum(e for _, e in part)) for part in ranks)
 
 
 def _stage_layers(config: MoEConfig) -> list[list[int]]:

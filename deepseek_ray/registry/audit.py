@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.sqlite import read_uri
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS audit (
@@ -81,7 +82,9 @@ class Audit:
         Raises:
             RegistryUnavailableError: the table is locked too long or cannot be written.
         """
-        with self._connected() as connection:
+        with self._connected(self.path.absolute().as_uri()) as connection:
+            if not _is_made(connection):
+                connection.executescript(_SCHEMA)
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield AuditTransaction(connection)
@@ -95,21 +98,24 @@ class Audit:
         """All lines about a model, oldest first."""
         if not self.path.exists():
             return []
-        with self._connected() as connection:
-            return AuditTransaction(connection).entries(name)
+        with self._connected(read_uri(self.path)) as connection:
+            return AuditTransaction(connection).entries(name) if _is_made(connection) else []
 
     @contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
+    def _connected(self, uri: str) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(sqlite3.connect(self.path, timeout=self.timeout_s, isolation_level=None)) as connection:
-                if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'audit_keeps_values'").fetchone():
-                    connection.executescript(_SCHEMA)
+            with closing(sqlite3.connect(uri, uri=True, timeout=self.timeout_s, isolation_level=None)) as connection:
                 yield connection
         except sqlite3.Error as error:
             raise RegistryUnavailableError(
                 f"The audit table {str(self.path)!r} cannot be used: {error}.",
                 fix="let the other promotion end, or make the run folder writable",
             ) from error
+
+
+def _is_made(connection: sqlite3.Connection) -> bool:
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'audit_keeps_values'").fetchone()
+    return found is not None
 
 
 class AuditTransaction:

@@ -7,26 +7,33 @@ alone would retry for minutes.
 
 from __future__ import annotations
 
-import fcntl
+import os
 import socket
 import sqlite3
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
 from deepseek_ray.config import StoreConfig
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.registry.first_touch import first_touch
+from deepseek_ray.sqlite import read_uri
+
+# MLflow 3.17 declares one of its own relations in a way that SQLAlchemy 2.1 calls deprecated: nothing that a user of
+# ours could mend. Said once a process, when the store opens.
+warnings.filterwarnings("ignore", "The ``noload`` loader strategy", SADeprecationWarning)
 
 INIT_TIMEOUT_S = 120.0
 """A first touch runs all of MLflow's migrations: seconds, and much more on a loaded machine."""
@@ -70,12 +77,6 @@ class Run:
         with self.tracking.guard(write=True) as client:
             client.log_dict(self.run_id, dict(tree), name)
 
-    def log_file(self, path: Path, folder: str = "") -> None:
-        """Log a file, or a folder with all below it."""
-        with self.tracking.guard(write=True) as client:
-            log = client.log_artifacts if path.is_dir() else client.log_artifact
-            log(self.run_id, str(path), folder or None)
-
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         with self.tracking.guard(write=True) as client:
@@ -111,18 +112,19 @@ class Tracking:
 
     Args:
         uri: absolute MLflow tracking and registry URI; ``shown_uri`` is the same without a password.
+        client: MLflow's client of this store.
         paths: the run folder, for the audit table and the cache of downloaded versions.
         experiment_id: where new runs go.
         timeout_s: longest wait for a locked or silent store.
     """
 
-    def __init__(self, uri: str, paths: RunPaths, experiment_id: str, timeout_s: float) -> None:
+    def __init__(self, uri: str, client: MlflowClient, paths: RunPaths, experiment_id: str, timeout_s: float) -> None:
         self.uri = uri
         self.shown_uri = hide_password(uri)
         self.paths = paths
         self.experiment_id = experiment_id
         self.timeout_s = timeout_s
-        self._client = MlflowClient(uri, uri)
+        self._client = client
 
     @classmethod
     def open(
@@ -134,7 +136,7 @@ class Tracking:
         create: bool = True,
         timeout_s: float = 10.0,
     ) -> Tracking:
-        """Open the run's store; initialise a fresh one under a file lock.
+        """Open the run's store; initialise a fresh one under a lock.
 
         Args:
             paths: the run folder.
@@ -145,20 +147,28 @@ class Tracking:
 
         Raises:
             RegistryUnavailableError: the store is missing, locked, read-only or silent.
+            RegistryError: it is a database without ``stores.artifact_root``, or it refused.
         """
         uri = (stores.tracking_uri if stores else "") or paths.tracking_uri
         database = _sqlite_path(uri)
-        root = (stores.artifact_root if stores else "") or (paths.artifacts.resolve().as_uri() if database else "")
+        root = _artifact_root((stores.artifact_root if stores else "") or (str(paths.artifacts) if database else ""))
         if database is not None and not database.exists() and not create:
             raise _missing(database)
-        with _file_lock(_lock_path(database, paths), max(timeout_s, INIT_TIMEOUT_S)), _translated(uri):
-            if database is None or database.exists():
+        frozen = (
+            database is not None and not create and not os.access(database.parent, os.W_OK)
+        )  # nobody starts one there
+        if database is None:
+            check_store(uri, timeout_s)
+        alone = nullcontext() if frozen else first_touch(uri, database, paths, max(timeout_s, INIT_TIMEOUT_S))
+        with _translated(uri), alone:
+            if database is not None and database.exists():
                 check_store(uri, timeout_s, write=create)
-            client = MlflowClient(uri, uri)
+            address = f"sqlite:///{read_uri(database)}&uri=true" if database and frozen else uri
+            client = MlflowClient(address, address)
             experiment_id = _experiment(client, experiment, root, create=create)
             if database is not None and create:
                 _use_write_ahead_log(database, timeout_s)
-        return cls(uri, paths, experiment_id, timeout_s)
+        return cls(uri, client, paths, experiment_id, timeout_s)
 
     @contextmanager
     def guard(self, *, write: bool = False) -> Iterator[MlflowClient]:
@@ -238,7 +248,7 @@ def _check_sqlite(database: Path, timeout_s: float, *, write: bool) -> None:
     if not database.exists():
         raise _missing(database)
     try:
-        with closing(_connect(database, timeout_s)) as connection:
+        with closing(_connect(database, timeout_s, write=write)) as connection:
             connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
             if write:
                 connection.execute("BEGIN IMMEDIATE")
@@ -247,13 +257,14 @@ def _check_sqlite(database: Path, timeout_s: float, *, write: bool) -> None:
         raise _sqlite_problem(database, timeout_s, error) from error
 
 
-def _connect(database: Path, timeout_s: float) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True, timeout=timeout_s, isolation_level=None)
+def _connect(database: Path, timeout_s: float, *, write: bool) -> sqlite3.Connection:
+    uri = f"{database.as_uri()}?mode=rw" if write else read_uri(database)
+    return sqlite3.connect(uri, uri=True, timeout=timeout_s, isolation_level=None)
 
 
 def _use_write_ahead_log(database: Path, timeout_s: float) -> None:
     # readers (the server's poll) then never wait for a writer (training)
-    with closing(_connect(database, timeout_s)) as connection:
+    with closing(_connect(database, timeout_s, write=True)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
 
 
@@ -290,40 +301,6 @@ def _sqlite_path(uri: str) -> Path | None:
     return path
 
 
-def _lock_path(database: Path | None, paths: RunPaths) -> Path:
-    return database.with_name(f"{database.name}.lock") if database else paths.root / "mlflow.lock"
-
-
-@contextmanager
-def _file_lock(path: Path, timeout_s: float) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    except OSError as error:
-        raise RegistryUnavailableError(
-            f"The folder of the MLflow store {str(path.parent)!r} cannot be written: {error.strerror}.",
-            fix="make it writable or choose another run folder",
-        ) from error
-    with handle:
-        _acquire(handle.fileno(), path, timeout_s)
-        yield
-
-
-def _acquire(descriptor: int, path: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise RegistryUnavailableError(
-                    f"Another process has been initialising the MLflow store for {timeout_s:g} s ({str(path)!r}).",
-                    fix="wait for it or end it, then try again",
-                ) from error
-            time.sleep(0.05)
-
-
 @contextmanager
 def _translated(uri: str) -> Iterator[None]:
     shown = hide_password(uri)
@@ -337,6 +314,11 @@ def _translated(uri: str) -> Iterator[None]:
             ) from error
         raise RegistryError(
             f"The MLflow store {shown!r} refused: {_first_line(error)}", fix="correct the request"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise RegistryUnavailableError(
+            f"The MLflow store {shown!r} needs the package {error.name!r}.",
+            fix="pip install 'deepseek-ray[postgres]'" if error.name == "psycopg" else f"install {error.name}",
         ) from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         raise RegistryUnavailableError(
@@ -363,8 +345,22 @@ def _experiment(client: MlflowClient, name: str, artifact_root: str, *, create: 
             f"The MLflow store holds no experiment {name!r}.",
             fix="train a model first, or name the run folder that holds it",
         )
-    location = f"{artifact_root.rstrip('/')}/{name}" if artifact_root else None  # a server has its own
-    return str(client.create_experiment(name, artifact_location=location))
+    if not artifact_root and not client.tracking_uri.startswith("http"):  # only an MLflow server has a place of its own
+        raise RegistryError(
+            "stores.tracking_uri is a database, and stores.artifact_root is not set.",
+            fix="set it to s3://bucket/prefix, or to a folder that all machines see",
+        )
+    location = f"{artifact_root.rstrip('/')}/{name}" if artifact_root else None
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return _experiment(client, name, artifact_root, create=False)  # another machine was faster
+
+
+def _artifact_root(root: str) -> str:
+    return root if "://" in root or not root else Path(root).resolve().as_uri()
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

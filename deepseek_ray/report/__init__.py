@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_ray.errors import EnvironmentProblemError
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.paths import RunPaths, replace_text
 from deepseek_ray.report.page import render
 from deepseek_ray.report.results import read_results
 from deepseek_ray.report.verdict import flatten
@@ -34,23 +32,14 @@ def write_report(paths: RunPaths, *, extra: Mapping[str, Any] | None = None) -> 
         SchemaError: a result file is malformed; the message names the file and the field.
         EnvironmentProblemError: the run folder does not exist or cannot be written.
     """
-    if not paths.root.is_dir():
-        raise EnvironmentProblemError(
-            f"The run folder {str(paths.root)!r} does not exist.", fix="name another with --run, or run `make demo`"
-        )
+    paths.existing()
     results = read_results(paths.results, extra)
     flat = flatten(results)
     page = render(paths, results, flat)
     paths.create()
     if extra:
         paths.results.mkdir(exist_ok=True)
-        _replace(paths.results / "run.json", json.dumps(results.run, indent=2) + "\n")
-    _replace(paths.report_json, json.dumps(flat, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(paths.report_html, page)
+        replace_text(paths.results / "run.json", json.dumps(results.run, indent=2) + "\n")
+    replace_text(paths.report_json, json.dumps(flat, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(paths.report_html, page)
     return paths.report_html
-
-
-def _replace(file: Path, text: str) -> None:
-    fresh = file.with_name(f".{file.name}-{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)

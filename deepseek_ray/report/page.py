@@ -21,17 +21,17 @@ from deepseek_ray.report.charts import MODELS, SIDES, draw_all, ranked
 from deepseek_ray.report.results import FeatureDrift, Results, Stage, dotted
 from deepseek_ray.report.verdict import RATE_OF_THE_BOUND, Scalar, Verdict, judge
 
-PACKAGES = ("torch", "ray", "mlflow", "feast", "lightgbm", "scikit-learn", "duckdb", "polars", "numpy")
+PACKAGES = ("torch", "ray", "mlflow", "feast", "lightgbm", "scikit-learn", "polars", "numpy")
 PROGRAMS = {
-    "data": "ingest",
+    "data": "ingest --synthetic",
     "train": "train",
-    "history": "update",
-    "latency": "replay",
+    "history": "train",
+    "latency": "replay --steady-rate 50",
     "replay": "replay",
     "update": "update",
-    "verify": "verify features",
+    "verify": "review",
 }
-"""Stage -> the verb that writes it."""
+"""Stage -> the verb that writes it, as one types it."""
 
 DEEDS = {"promote": "promoted", "refuse": "refused", "rollback": "rolled back", "delete": "deleted"}
 """Action of the audit table -> what became of the version."""

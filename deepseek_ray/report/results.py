@@ -154,9 +154,10 @@ class Replay(Stage):
 
 
 class Latency(Stage):
-    """Decisions over HTTP at a fixed rate, the client in another process."""
+    """Decisions over HTTP at a fixed rate, the client in another process; times count from when a request was due."""
 
     rate_per_s: Measure = None
+    http_achieved_rate: Measure = None
     duration_s: Measure = None
     requests: Count = None
     failed: Count = None

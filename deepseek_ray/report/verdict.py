@@ -168,7 +168,8 @@ def _from_operation(results: Results) -> dict[str, Any]:
         names = ("served_offline_max_diff", "feature_differences", "feature_rows")
         figures |= {name: getattr(verify, name) for name in names}
     if (latency := results.latency) and (latency.rate_per_s or 0.0) >= RATE_OF_THE_BOUND:
-        figures |= {name: getattr(latency, name) for name in ("http_p50_ms", "http_p90_ms", "http_p99_ms")}
+        measured = ("http_p50_ms", "http_p90_ms", "http_p99_ms", "http_achieved_rate")
+        figures |= {name: getattr(latency, name) for name in measured}
     if update := results.update:
         figures |= {name: getattr(update, name) for name in ("update_failed_requests", "seconds_label_to_live")}
         retrain = update.after_drift.get("full_retrain", Score())

@@ -41,12 +41,18 @@ from deepseek_ray.serving.monitor import Monitor
 logger = get_logger(__name__)
 
 MAX_REASONS = 5
+DROPPED_A_BATCH = 100
+"""Vectors dropped after a batch: a few milliseconds, and more than a batch adds."""
 
 C = TypeVar("C")
 
 
 class Predictor:
-    """Runs batches of commands. Everything here is called from one thread, save ``swap`` and ``live``.
+    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``live`` and ``archived``.
+
+    Attributes:
+        live: the version that serves.
+        archived: last row number that the archive holds; the vectors up to there are dropped, some after each batch.
 
     Args:
         state: incremental features.
@@ -75,6 +81,7 @@ class Predictor:
         self._applied = log.applied
         self._written = (last, self._applied[1])
         self._unflushed = self._closed = False
+        self.archived = self._dropped = 0
         self._swapping = threading.Lock()
         self.live = live
         self.swap(live)
@@ -118,6 +125,13 @@ class Predictor:
             self._monitor.pending.set(0)
         self._unflushed = False
         self._applied = self._written
+
+    def settle(self) -> None:
+        """What waits until a batch's answers have left: feature state, and a few vectors that the archive holds."""
+        self.flush()
+        last = self.archived
+        if self._dropped < last and not self._log.drop_vectors(last, DROPPED_A_BATCH):
+            self._dropped = last
 
     def close(self) -> None:
         """Flush, and note in the log that nothing is left to replay. Closing twice is closing once."""

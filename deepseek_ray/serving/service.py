@@ -23,6 +23,7 @@ from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.champion import ChampionWatcher, InputContract, contract_of, load_champion, to_live, warm_up
 from deepseek_ray.serving.commands import Command, Result
+from deepseek_ray.serving.compaction import Compactor
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
@@ -41,7 +42,7 @@ REHEARSAL = Transaction(
 
 
 class RiskService:
-    """One process's service: ``app`` is its HTTP face, ``watcher.start()`` lets it follow the registry.
+    """One process's service: ``app`` is its HTTP face, ``start()`` lets it follow the registry.
 
     Args:
         paths: the run whose registry, feature store and log are used.
@@ -83,16 +84,23 @@ class RiskService:
             self.predictor.run,
             max_batch_size=config.max_batch_size,
             max_queued=config.max_queued_requests,
-            after=self.predictor.flush,
+            after=self.predictor.settle,
         )
         self.monitor.watch_queue(lambda: self.batcher.queued)
         self.watcher = self._watcher(registry, contract, config.poll_registry_s)
+        self.compactor = Compactor(paths, config.compact_every_s, self._archived)
         self.app = RiskApp(self._service(config), ApiKey(key))
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
+
+    def start(self) -> None:
+        """Follow the registry, and compact the log on its schedule."""
+        self.watcher.start()
+        self.compactor.start()
 
     def close(self) -> None:
         """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
         self.watcher.close()
+        self.compactor.close()
         self.batcher.close()
         self.predictor.close()
 
@@ -101,6 +109,9 @@ class RiskService:
         self.log.by_transaction([REHEARSAL.transaction_id])
         self.features.last_event_us([REHEARSAL.card_id])
         self.features.peek(REHEARSAL)
+
+    def _archived(self, last: int) -> None:
+        self.predictor.archived = last  # the worker drops the vectors: it alone writes to the log
 
     def _watcher(self, registry: Registry, contract: InputContract, poll_s: float) -> ChampionWatcher:
         return ChampionWatcher(
@@ -139,7 +150,7 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
     store = FeatureClient(paths, config.stores.online_store)
     service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
-    service.watcher.start()
+    service.start()
     return service.app
 
 

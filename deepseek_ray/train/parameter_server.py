@@ -74,5 +74,7 @@ class ParameterServer:
         pushed = self._server.push.remote(self._round, self.replica, flat.cpu().numpy())
         total = torch.from_numpy(np.array(ray.get(pushed, timeout=self.timeout_s))).to(flat.device)
         self._round += 1
-        for part, summed in zip(parts, total.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
+        first = 0
+        for part in parts:
+            part.copy_(total[first : first + part.numel()].view_as(part))
+            first += part.numel()

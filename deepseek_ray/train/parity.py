@@ -6,6 +6,7 @@ which also sees a wrong scale.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from deepseek_ray.config_moe import MoEConfig, ParallelConfig
@@ -25,7 +27,8 @@ from deepseek_ray.parallel.launch import run_processes
 from deepseek_ray.parallel.mesh import check_mesh, num_stages
 from deepseek_ray.train.precision import precision_of
 from deepseek_ray.train.pretrain_step import Stepper, StepReport
-from deepseek_ray.train.pretraining import make_stepper
+from deepseek_ray.train.pretrain_trainer import run_on_ray
+from deepseek_ray.train.pretraining import make_stepper, own_device
 
 # gathering a whole gradient takes two steps where experts are dealt twice: slow, as it says, and meant
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -80,13 +83,14 @@ def verification_config(config: MoEConfig) -> MoEConfig:
     return config.model_copy(update={"step": config.step.model_copy(update=step)})
 
 
-def verify_mesh(config: MoEConfig, steps: int, timeout_s: float = 120.0) -> Parity:
-    """Train ``steps`` steps on a mesh of processes of this machine and in one process, and compare.
+def verify_mesh(config: MoEConfig, steps: int, *, on_ray: bool = False, shared: Path | None = None) -> Parity:
+    """Train ``steps`` steps on a mesh and in one process, and compare.
 
     Args:
         config: shape, degrees, batch; ``step.precision`` is float32 or float64.
         steps: AdamW steps.
-        timeout_s: of a collective.
+        on_ray: the mesh runs on Ray Train, wherever there is room, instead of in processes of this machine.
+        shared: storage that every node of the cluster sees; a temporary folder without it.
 
     Raises:
         ConfigError: the mesh does not fit the model or the batch.
@@ -94,22 +98,26 @@ def verify_mesh(config: MoEConfig, steps: int, timeout_s: float = 120.0) -> Pari
     """
     check_mesh(config)
     alone = config.model_copy(update={"parallel": ParallelConfig()})
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
         meshed, single = Path(folder) / "mesh", Path(folder) / "one"
-        found = run_processes(config.parallel.world, record, config, steps, meshed, timeout_s=timeout_s)
-        wanted = record(alone, steps, single)
+        if on_ray:
+            run_on_ray(config, _record_loop, {"config": config.model_dump(), "steps": steps, "folder": str(meshed)})
+        else:
+            run_processes(config.parallel.world, record, config, steps, meshed, timeout_s=config.cluster.timeout_s)
+        record(alone, steps, single)
         result = Parity(config.parallel.world, steps, config.step.precision)
+        ours, wanted = _reports(meshed), _reports(single)[0]
         for step in range(steps):
-            ours = [report for reports in found for report in [reports[step]]]
-            _compare_step(result, ours, wanted[step], _read(meshed, f"grad-{step}"), _read(single, f"grad-{step}"))
+            reports = [one[step] for one in ours]
+            _compare_step(result, reports, wanted[step], _read(meshed, f"grad-{step}"), _read(single, f"grad-{step}"))
         pairs = _pairs(_read(meshed, "weights"), _read(single, "weights"))
         result.max_param_diff = max(float((a - b).abs().max()) for a, b in pairs)
     return result
 
 
-def record(config: MoEConfig, steps: int, folder: Path) -> list[StepReport]:
+def record(config: MoEConfig, steps: int, folder: Path) -> None:
     """Train, and write whole gradients of every step and the weights at the end; one process of each stage writes."""
-    device = torch.device("cpu")
+    device = own_device()
     dtype = precision_of(config.step.precision, device)[0]
     samples = RandomSamples(config.backbone, config.corpus.seq_len, config.seed, dtype)
     stepper = make_stepper(config, samples, device)
@@ -122,7 +130,14 @@ def record(config: MoEConfig, steps: int, folder: Path) -> list[StepReport]:
         reports.append(stepper.update(number, loss))
     biases = {f"layers.{number}.feed.router.bias_E": r.bias_E for number, r in stepper.model.routers().items()}
     _write(stepper, folder / "weights", {**dict(stepper.model.named_parameters()), **biases})
-    return reports
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (folder / f"reports-{rank:04d}.json").write_text(json.dumps([asdict(one) for one in reports]), encoding="utf-8")
+
+
+def _record_loop(settings: dict[str, Any]) -> None:
+    """:func:`record` in a worker of Ray Train."""
+    torch.set_num_threads(1)
+    record(MoEConfig.model_validate(settings["config"]), settings["steps"], Path(settings["folder"]))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -136,6 +151,16 @@ def _write(stepper: Stepper, target: Path, tensors: dict[str, Tensor]) -> None:
     if mesh is None or (mesh.rank("dp") == 0 and mesh.rank("tp") == 0):
         stage = mesh.rank("pp") if mesh else 0
         save_file(gathered, f"{target}.{stage}.safetensors")
+
+
+def _reports(folder: Path) -> list[list[StepReport]]:
+    """By rank, then by step."""
+    found = []
+    for file in sorted(folder.glob("reports-*.json")):
+        lines = json.loads(file.read_text(encoding="utf-8"))
+        loads = [{int(layer): counts for layer, counts in line.pop("load").items()} for line in lines]
+        found.append([StepReport(**line, load=load) for line, load in zip(lines, loads, strict=True)])
+    return found
 
 
 def _read(folder: Path, name: str) -> dict[str, Tensor]:

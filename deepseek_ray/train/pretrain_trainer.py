@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from tqdm import tqdm
 
+from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.data.corpus import VOCAB_SIZE, Corpus
 from deepseek_ray.parallel.mesh import check_mesh
 from deepseek_ray.train.pretrain_worker import PROGRESS, pretrain_loop, run_here
 from deepseek_ray.train.pretraining import check_vocabulary
-from deepseek_ray.train.trainer import TRAIN_ENVIRONMENT, local_cluster, worker_environment
+from deepseek_ray.train.trainer import TRAIN_ENVIRONMENT, worker_environment
 
 OnLines = Callable[[list[dict[str, Any]]], None]
 _POLL_S = 0.5
@@ -70,7 +72,8 @@ def pretrain_on_ray(config: MoEConfig, folder: Path, *, on_lines: OnLines | None
             torch.set_num_threads(max(config.cluster.threads_per_worker, os.cpu_count() or 1))
             run_here(config, folder, digest)
         else:
-            _run_on_ray(config, folder, digest)
+            settings = {"config": config.model_dump(), "folder": str(folder), "data_digest": digest}
+            run_on_ray(config, pretrain_loop, settings, folder / "ray")
     lines = read_progress(folder / PROGRESS)
     first, last = lines[0]["loss"], lines[config.step.steps - 1]["loss"]
     return PretrainResult(folder, digest, first, last, time.perf_counter() - start)
@@ -85,7 +88,17 @@ def read_progress(file: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lines}
 
 
-def _run_on_ray(config: MoEConfig, folder: Path, digest: str) -> None:
+def run_on_ray(
+    config: MoEConfig, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], storage: Path | None = None
+) -> None:
+    """Run a loop in as many Ray Train workers as ``cluster`` says, or as the mesh has processes.
+
+    Args:
+        config: mesh and cluster.
+        loop: called in every worker.
+        settings: its argument.
+        storage: where Ray Train keeps its own state; a temporary folder without it.
+    """
     for key, value in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     cluster = config.cluster
@@ -93,8 +106,8 @@ def _run_on_ray(config: MoEConfig, folder: Path, digest: str) -> None:
     elastic = bool(cluster.min_workers)
     gpu = torch.cuda.is_available()
     trainer = TorchTrainer(
-        pretrain_loop,
-        train_loop_config={"config": config.model_dump(), "folder": str(folder), "data_digest": digest},
+        loop,
+        train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers, most) if elastic else most,
             use_gpu=gpu,
@@ -103,7 +116,7 @@ def _run_on_ray(config: MoEConfig, folder: Path, digest: str) -> None:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.timeout_s),
         run_config=ray.train.RunConfig(
             name=f"moe-{time.time_ns()}",  # our manifests decide what is resumed, not Ray's state
-            storage_path=str(folder / "ray"),
+            storage_path=str(storage or tempfile.mkdtemp(prefix="deepseek-ray-")),
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": worker_environment(cluster.threads_per_worker)},
         ),

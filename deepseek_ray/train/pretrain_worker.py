@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from torch import distributed as dist
 
@@ -20,9 +21,9 @@ from deepseek_ray.errors import DataError
 from deepseek_ray.parallel.resize import fit_mesh
 from deepseek_ray.train.parameter_server import ParameterServer
 from deepseek_ray.train.pretrain_step import StepReport
-from deepseek_ray.train.pretraining import pretrain
+from deepseek_ray.train.pretraining import own_device, pretrain
 
-PROGRESS = "progress.jsonl"
+PROGRESS, WORKERS = "progress.jsonl", "workers.jsonl"
 
 
 def pretrain_loop(settings: dict[str, Any]) -> None:
@@ -53,7 +54,8 @@ def run_here(config: MoEConfig, folder: Path, data_digest: str) -> None:
             f"The corpus on {socket.gethostname()!r} has digest {corpus.digest[:12]}, the driver's {data_digest[:12]}.",
             fix="set corpus.folder to storage that every node sees",
         )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
+    _note_worker(folder)
     note = noter(folder / PROGRESS, config) if not dist.is_initialized() or dist.get_rank() == 0 else _ignore
     # a restart has another coordinator, hence other servers: rounds of a dead group never mix with its own
     job = f"gradients-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
@@ -76,13 +78,22 @@ def noter(file: Path, config: MoEConfig) -> Callable[[StepReport], None]:
         line = {
             "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "min_expert_load": min(shares, default=None), "tokens_per_s": tokens / (now - last),
-            "world_size": config.parallel.world,
+            "world_size": config.parallel.world, "time": time.time(),
         }  # fmt: skip
         last = now
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     return note
+
+
+def _note_worker(folder: Path) -> None:
+    """Say where this process runs, for whoever wants to look at it, or to end it."""
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    place = {"rank": dist.get_rank() if dist.is_initialized() else 0, "pid": os.getpid(), "node": node}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / WORKERS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(place) + "\n")
 
 
 def _leave_spares(config: MoEConfig) -> bool:

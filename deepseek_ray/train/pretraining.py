@@ -25,6 +25,11 @@ _FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background
 OnStep = Callable[[StepReport], None]
 
 
+def own_device() -> torch.device:
+    """What this process computes on: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 MakeServer = Callable[[Mesh], GradientExchange]
 
 
@@ -49,9 +54,7 @@ def _make_exchange(config: MoEConfig, mesh: Mesh | None, make_server: MakeServer
     if kind == "top_k":
         return TopK(mesh.group("dp_replicate"), config.step.top_k_fraction)
     if make_server is None:
-        raise ConfigError(
-            "step.exchange = 'parameter_server' needs Ray.", fix="train with python -m pipelines.moe.train"
-        )
+        raise ConfigError("step.exchange = 'parameter_server' needs Ray.", fix="run python -m pipelines.moe.train")
     return make_server(mesh)
 
 

@@ -30,15 +30,15 @@ _MIN_PACE = 0.3  # of the balancing bias, at the end of training: slow enough to
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train."""
+    """How long and how fast to train: the part of ``TrainConfig`` that decides what comes out."""
 
-    epochs: int = 6
-    batch_size: int = 1024
-    lr: float = 2e-3
-    weight_decay: float = 1e-4
-    warmup_fraction: float = 0.05
-    max_grad_norm: float = 1.0
-    negative_rate: float = 0.25
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup_fraction: float
+    max_grad_norm: float
+    negative_rate: float
     seed: int = 0
 
     @classmethod

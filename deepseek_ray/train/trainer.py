@@ -17,6 +17,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from tqdm import tqdm
 
+from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config import Config
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.logs import QUIET_ENVIRONMENT
@@ -155,24 +156,6 @@ def worker_environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "PYTHONDONTWRITEBYTECODE": "",  # else each worker compiles torch and ray again
     }
-
-
-@contextmanager
-def local_cluster(num_cpus: int) -> Iterator[None]:
-    """The cluster of the job or the caller, where there is one; else an own one on this machine for the time being."""
-    if ray.is_initialized():
-        yield
-        return
-    inside_job = bool(os.environ.get("RAY_ADDRESS"))
-    own: dict[str, Any] = {}
-    if not inside_job:
-        cores = max(num_cpus, os.cpu_count() or 1)
-        own = {"include_dashboard": False, "num_cpus": cores, "_node_ip_address": "127.0.0.1"}
-    ray.init(address="auto" if inside_job else "local", log_to_driver=False, logging_level="ERROR", **own)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _finished(job: Job) -> JobResult:

@@ -21,11 +21,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import polars as pl
-
+from deepseek_ray import settings
 from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
 from deepseek_ray.config import Config
-from deepseek_ray.data import table
 from deepseek_ray.data.source import SYNTHETIC
 from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, mark_latest, runs_root, write_stage
@@ -41,11 +39,11 @@ class Stages:
     """Starts the programs of one demo with the same run and settings."""
 
     paths: RunPaths
-    settings: tuple[str, ...]
+    arguments: tuple[str, ...]
 
     def command(self, module: str, *arguments: str) -> list[str]:
         """The command line of a stage."""
-        return [sys.executable, "-m", module, *arguments, f"--run={self.paths.root}", *self.settings]
+        return [sys.executable, "-m", module, *arguments, f"--run={self.paths.root}", *self.arguments]
 
     def run(self, module: str, *arguments: str) -> None:
         """Run a stage to its end.
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_settings(parser)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    options.overrides += [f"seed={options.seed}", f"serving.port={_free_port()}"]
+    options.overrides.append(f"seed={options.seed}")
     start = time.perf_counter()
     config, paths = _open(options)
     stages = Stages(paths, tuple(settings_arguments(options)))
@@ -79,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open(options: argparse.Namespace) -> tuple[Config, RunPaths]:
     options.run = options.run or str(runs_root() / f"{time.strftime('%Y%m%d-%H%M%S')}-risk-seed{options.seed}")
-    config, paths = settings_of(options)
-    if paths.prediction_log.exists():  # repeated payments get their first answers again: no figure would be true
+    config, paths = settings_of(options, "make")
+    if paths.used == "served":  # repeated payments get their first answers again: no figure would be true
         raise EnvironmentProblemError(f"The run {paths.root} has been served already.", fix="give a new folder, --run")
+    if paths.used:  # interrupted after the state was warmed: its table stays
+        settings.refuse_changes(paths, config, ("seed", *settings.TABLE, *settings.DAYS, *settings.FEATURES))
     return config, paths.create()
 
 
@@ -89,9 +89,9 @@ def _loop(stages: Stages, config: Config) -> None:
     update_after = config.data.replay_days - DAYS_AFTER_UPDATE
     os.environ.setdefault(config.serving.api_key_env, secrets.token_urlsafe(24))
     os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")  # libraries' own, between the progress bars
-    flag = "--synthetic" if config.data.source == SYNTHETIC else f"--data={config.data.source}"
-    stages.run("pipelines.risk.ingest", flag)
-    write_stage(stages.paths, "data", _describe(stages.paths, config))
+    if not stages.paths.used:
+        flag = "--synthetic" if config.data.source == SYNTHETIC else f"--data={config.data.source}"
+        stages.run("pipelines.risk.ingest", flag)
     stages.run("pipelines.risk.train")
     stages.run("pipelines.risk.warm")
     with _service(stages, config) as url:
@@ -104,9 +104,10 @@ def _loop(stages: Stages, config: Config) -> None:
 @contextmanager
 def _service(stages: Stages, config: Config) -> Iterator[str]:
     """Serve while the block runs."""
-    url = f"http://{config.serving.host}:{config.serving.port}"
+    port = _free_port()
+    url = f"http://{config.serving.host}:{port}"
     print(f"\n$ python -m serve_apps.risk --run {stages.paths.root.name}", flush=True)
-    with subprocess.Popen(stages.command("serve_apps.risk")) as server:
+    with subprocess.Popen(stages.command("serve_apps.risk", f"--port={port}")) as server:
         try:
             _await_ready(server, url)
             yield url
@@ -130,19 +131,6 @@ def _await_ready(server: subprocess.Popen[bytes], url: str) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise EnvironmentProblemError(f"The service at {url} did not become ready.", fix="see its message above")
-
-
-def _describe(paths: RunPaths, config: Config) -> dict[str, object]:
-    rows = table.read(paths.transactions)
-    day = pl.col("event_time").dt.date().cast(pl.String).alias("day")
-    days = rows.group_by(day).agg(transactions=pl.len(), frauds=pl.col("is_fraud").sum()).sort("day").to_dicts()
-    kinds = rows.filter(pl.col("is_fraud") == 1).group_by(day, "fraud_scenario").len()
-    for entry in days:
-        of_day = kinds.filter(pl.col("day") == entry["day"])
-        entry["by_scenario"] = {str(kind): count for _, kind, count in of_day.iter_rows()}
-    frauds = int(rows["is_fraud"].sum())
-    return {"source": config.data.source, "num_transactions": rows.height, "num_frauds": frauds, "days": days,
-            "fraud_rate": frauds / rows.height, "data_digest": table.digest(rows), "quarantined": 0}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from deepseek_ray.data.datasets import DAY_US, RiskDataset
 from deepseek_ray.data.periods import Period, periods
 from deepseek_ray.data.prediction_archive import read_predictions
 from deepseek_ray.errors import DataError
-from deepseek_ray.online.playback import Label, Outcome, late_labels, play_day
+from deepseek_ray.online.playback import Label, Outcome, late_labels, play_day, send_threshold
 from deepseek_ray.online.watch import Watch
 from deepseek_ray.paths import RunPaths, write_stage
 
@@ -84,7 +84,7 @@ async def replay(config: Config, paths: RunPaths, options: argparse.Namespace) -
     reference = RiskDataset.load(paths.datasets / "train.safetensors")
     async with RiskClient(options.url, connections=options.lanes) as client:
         threshold = float((await client.model())["threshold"])
-        watch = Watch(reference, alert_rate=config.serving.alert_rate, threshold=threshold)
+        watch = Watch(reference, config.serving, threshold=threshold)
         play = Play(config, paths, client, watch, labels, options)
         await _days(play, rows, period)
     _write(play, time.perf_counter() - start)
@@ -108,10 +108,9 @@ async def _days(play: Play, rows: pl.DataFrame, period: Period) -> None:
 
 
 async def _day(play: Play, rows: pl.DataFrame, day: Period, bar: tqdm[None]) -> None:
-    outcome, lanes = play.steady or play.outcome, play.options.lanes
-    play.labels = await play_day(
-        play.client, rows, day.start_us, play.labels, outcome, lanes=lanes, rate_per_s=play.rate, progress=bar.update
-    )
+    outcome = play.steady or play.outcome
+    pace = {"lanes": play.options.lanes, "rate_per_s": play.rate, "open_loop": play.steady is not None}
+    play.labels = await play_day(play.client, rows, day.start_us, play.labels, outcome, **pace, progress=bar.update)
 
 
 async def _close_day(play: Play, rows: pl.DataFrame, day: Period) -> None:
@@ -119,7 +118,7 @@ async def _close_day(play: Play, rows: pl.DataFrame, day: Period) -> None:
     served = logged.filter(pl.col("event_us").is_between(day.start_us, day.start_us + DAY_US, closed="left"))
     if served.height:
         report = play.watch.close_day(str(day.start), served, logged, int(rows["is_fraud"].sum()))
-        await play.client.set_threshold(report.threshold)
+        await send_threshold(play.client, report.threshold, report.model_version)
 
 
 def _start_update(play: Play) -> None:

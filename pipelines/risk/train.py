@@ -14,19 +14,17 @@ from typing import Any
 
 import polars as pl
 
-from deepseek_ray import models
+from deepseek_ray import models, settings
 from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
-from deepseek_ray.data import batch_engine, source, table
+from deepseek_ray.data import engine, table
 from deepseek_ray.data.datasets import RiskDataset
-from deepseek_ray.data.evidence import Evidence
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.periods import Periods, periods, to_dataset
 from deepseek_ray.data.windows import VectorSpec
 from deepseek_ray.logs import get_logger
-from deepseek_ray.online.gate import decide
-from deepseek_ray.online.measure import measure
-from deepseek_ray.online.threshold import budget_threshold
+from deepseek_ray.online import trial
+from deepseek_ray.online.threshold import policy_threshold
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry.package import InputSchema, Probes
 from deepseek_ray.registry.tracking import Run, git_commit
@@ -46,26 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, judge, register; the last line says what the gate decided."""
     parser = argparse.ArgumentParser(prog="deepseek-ray train", description=__doc__.partition("\n")[0])
     add_settings(parser)
-    config, paths = settings_of(parser.parse_args(argv))
-    paths.create()
-    registry = Registry.open(paths, config.stores, name=config.model_name)
+    config, paths = settings_of(parser.parse_args(argv), "train")
+    transactions = table.read(paths.transactions)
+    registry = Registry.open(paths.create(), config.stores, name=config.model_name)
+    if registry.version_of(CHAMPION):  # the gate would turn down a version that reads something else
+        settings.refuse_changes(paths, config, settings.FEATURES)
     with registry.tracking.start_run("train", tags={"stage": "train"}) as run:
-        train_and_register(config, paths, registry, run)
+        train_and_register(transactions, config, paths, registry, run)
     return 0
 
 
-def train_and_register(config: Config, paths: RunPaths, registry: Registry, run: Run) -> VersionInfo:
+def train_and_register(
+    transactions: pl.DataFrame, config: Config, paths: RunPaths, registry: Registry, run: Run
+) -> VersionInfo:
     """The whole stage; writes results/train.json."""
     start = time.perf_counter()
-    if not paths.transactions.exists():
-        table.write(source.load(config.data, config.seed), paths.transactions)
-    transactions = table.read(paths.transactions)
     days = periods(transactions, config.data)
+    settings.store(paths, config)
     spec, train, holdout = build_datasets(transactions, days, config, paths)
     log.info("%d rows to train on, %d held out, %d features", len(train), len(holdout), len(spec.names))
-    fitted = fit(
-        paths.datasets / "train.safetensors", config, paths, feature_service=spec.service, feature_digest=spec.digest
-    )
+    rows = paths.datasets / "train.safetensors"
+    fitted = fit(rows, config, paths, feature_service=spec.service, feature_digest=spec.digest)
     yardsticks = [fit_logistic(train, seed=config.seed), fit_lightgbm(train, seed=config.seed)]
     stage = judge(fitted, yardsticks, holdout) | _facts(config, spec, train, holdout, days)
     stage |= {"mlflow_run_id": run.run_id, "tracking_uri": registry.tracking.shown_uri}
@@ -83,9 +82,7 @@ def build_datasets(
     client.apply()
     spec = client.declaration().vector(config.features.vector)
     known = transactions.filter(pl.col("order_us") < days.replay.start_us)
-    settings = {"label_delay_days": config.data.label_delay_days, "sequence_len": config.features.sequence_len}
-    rows = batch_engine.compute(known, spec, **settings)
-    client.write_offline(rows)
+    engine.store(paths.transactions, spec, client, config, before_us=days.replay.start_us)
     made = []
     for name, period in (("train", days.train), ("holdout", days.holdout)):
         vectors = client.historical(period.filter(known).select("card_id", "order_us"), spec.service)
@@ -124,23 +121,20 @@ def _register(
     registry: Registry, run: Run, fitted: FitResult, holdout: RiskDataset, stage: dict[str, Any], config: Config
 ) -> VersionInfo:
     model = models.load(fitted.model_dir)
+    schema, paths = InputSchema.of(model.config), registry.tracking.paths
+    champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
+    rows = trial.judging_rows(paths, champion, schema, stage["train_to"], holdout, config.data)
+    log.info("judged on %d %s rows", len(rows), "held-out" if rows is holdout else "served")
     probes = Probes.of(model, holdout.features, holdout.sequence)
     lineage = Lineage(data_digest=stage["data_digest"], git_commit=stage["git_commit"],
                       train_start=stage["train_from"], train_end=stage["train_to"])  # fmt: skip
-    scores = model.predict_proba(holdout.features, holdout.sequence)
-    tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
-    schema = InputSchema.of(model.config)
+    scores = model.predict_proba(rows.features, rows.sequence)
+    tags = {THRESHOLD_TAG: str(policy_threshold(scores, config.serving))}
     info = registry.register(fitted.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
-    champion = registry.get(CHAMPION) if registry.version_of(CHAMPION) else None
-    decision = decide(champion and _measured(champion, holdout), _measured(info, holdout), config.gate)
+    decision = trial.judge(champion, info, rows, holdout, config.gate)  # a retrain knows no older days than these
     refusal = registry.offer(info.version, decision)
     print(f"version {info.version} of {info.name!r} {f'not promoted: {refusal}' if refusal else 'promoted'}")
     return info
-
-
-def _measured(info: VersionInfo, holdout: RiskDataset) -> Evidence:
-    side = {"name": info.name, "version": info.version, "contract": info.schema.contract}
-    return measure(info.load().model, holdout, old=holdout, **side)  # a retrain knows no older days than these
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ many trials run at once as there are cores. The held-out days of the run stay un
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek_ray.cluster import local_cluster
 from deepseek_ray.logs import QUIET_ENVIRONMENT, silence_telemetry
 
 silence_telemetry()
@@ -34,7 +36,7 @@ from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry import Registry, Run, Tracking
 from deepseek_ray.train.step import EpochRecord, Recipe, held_out_precision, train_in_process
-from deepseek_ray.train.trainer import local_cluster, worker_environment
+from deepseek_ray.train.trainer import worker_environment
 from tune_spaces.risk import SPACE
 
 METRIC = "average_precision"
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, paths = settings_of(options)
     dataset = paths.datasets / "train.safetensors"
     if not dataset.exists():
-        raise DataError(f"There are no training rows at {str(dataset)!r}.", fix="run `deepseek-ray train` first")
+        problem = f"There are no training rows at {str(dataset)!r}."
+        raise DataError(problem, fix=f"deepseek-ray train --run {paths.root}")
     tracking = Registry.open(paths, config.stores, name=config.model_name).tracking
     with tracking.start_run("tune", tags={"stage": "tune"}) as parent:
         found = search(config, paths, dataset, tracking, parent, trials=options.trials, minutes=options.minutes)
@@ -64,21 +67,25 @@ def search(
     config: Config, paths: RunPaths, dataset: Path, tracking: Tracking, parent: Run, *, trials: int, minutes: float
 ) -> dict[str, Any]:
     """Run the trials; returns and writes the best settings with every trial's result."""
-    base = config.model_dump()
-    trainable = ray.tune.with_parameters(_trial, base=base, dataset=str(dataset.resolve()))
+    trainable = ray.tune.with_parameters(_trial, base=config.model_dump(), dataset=str(dataset.resolve()))
     scheduler = ASHAScheduler(max_t=config.train.epochs, grace_period=1, reduction_factor=3)
+    budget_s = max(minutes * 60, 1e-3)  # Tune takes 0 for no limit
     with local_cluster(os.cpu_count() or 1):
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(trainable, {"cpu": 1}),
             param_space={name: sampler(spec) for name, spec in SPACE.items()},
             tune_config=ray.tune.TuneConfig(
-                metric=METRIC, mode="max", num_samples=trials, scheduler=scheduler, time_budget_s=minutes * 60
+                metric=METRIC, mode="max", num_samples=trials, scheduler=scheduler, time_budget_s=budget_s
             ),
             run_config=ray.tune.RunConfig(
                 storage_path=str((paths.root / "tune").resolve()), callbacks=[_Children(tracking, parent)], verbose=0
             ),
         )
         results = tuner.fit()
+    if all(math.isnan((one.metrics or {}).get(METRIC, math.nan)) for one in results):
+        cause = f" The first to fail: {results.errors[0]}." if results.errors else ""
+        problem = f"None of {len(results)} trials finished an epoch in --minutes {minutes:g}.{cause}"
+        raise DataError(problem, fix="give more --minutes, or fewer rows: data.train_days")
     best = results.get_best_result()
     rows = [{"config": one.config, METRIC: (one.metrics or {}).get(METRIC)} for one in results]
     stage = {"best": best.config, METRIC: best.metrics[METRIC], "trials": len(rows), "results": rows,

@@ -26,11 +26,10 @@ from deepseek_ray.config import Config
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.served import matured_rows
 from deepseek_ray.errors import ServingError
-from deepseek_ray.online.gate import GateDecision, decide
-from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
-from deepseek_ray.online.threshold import budget_threshold
-from deepseek_ray.online.updater import UpdateResult, not_remembered, remember, warm_start
+from deepseek_ray.online.threshold import policy_threshold
+from deepseek_ray.online.trial import judge
+from deepseek_ray.online.updater import UpdateResult, correct, not_remembered, remember, warm_start
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Probes, Registry, Run, VersionInfo, git_commit
 from deepseek_ray.serving.champion import THRESHOLD_TAG
@@ -58,11 +57,12 @@ def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: s
     champion = registry.get(CHAMPION)
     served = matured_rows(paths, champion.schema.columns, champion.schema.feature_digest, config.data.label_delay_days)
     memory, old = _memory(config, paths)
+    num_corrected = correct(memory, served)
     new, held_out = not_remembered(memory, served).split_tail(config.update.holdout_fraction)
     target = paths.root / "challenger"
     made = warm_start(champion.path, new, memory, target, config.update, config.train, seed=config.seed)
     info = _register(registry, run, made, new, held_out, config)
-    decision = _decide(config, champion, info, held_out, old)
+    decision = judge(champion, info, held_out, old, config.gate)
     refusal = registry.offer(info.version, decision)
     if not refusal:
         remember(memory, new)
@@ -74,7 +74,7 @@ def update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: s
         "checks": [asdict(check) for check in decision.checks], "mlflow_run_id": run.run_id,
         "tracking_uri": registry.tracking.shown_uri, "seconds_label_to_live": time.perf_counter() - start,
         "rows_new": made.num_new, "rows_replayed": made.num_replayed, "rows_holdout": len(held_out),
-        "trained_until_us": int(held_out.order_us.max()),
+        "rows_corrected": num_corrected, "trained_until_us": int(held_out.order_us.max()),
     }  # fmt: skip
     _log(paths, run, stage, made)
     return stage
@@ -96,21 +96,11 @@ def _register(
     model = models.load(made.model_dir)
     probes = Probes.of(model, held_out.features, held_out.sequence)
     scores = model.predict_proba(held_out.features, held_out.sequence)
-    tags = {THRESHOLD_TAG: str(budget_threshold(scores, config.serving.alert_rate))}
+    tags = {THRESHOLD_TAG: str(policy_threshold(scores, config.serving))}
     days = [str(np.datetime64(int(day), "D")) for day in (new.day.min(), new.day.max())]
     lineage = Lineage(data_digest=new.digest, git_commit=git_commit(), train_start=days[0], train_end=days[1])
     schema = InputSchema.of(model.config)
     return registry.register(made.model_dir, run.run_id, schema, lineage, probes=probes, tags=tags)
-
-
-def _decide(
-    config: Config, champion: VersionInfo, challenger: VersionInfo, held_out: RiskDataset, old: RiskDataset
-) -> GateDecision:
-    sides = [
-        measure(one.load().model, held_out, name=one.name, version=one.version, contract=one.schema.contract, old=old)
-        for one in (champion, challenger)
-    ]
-    return decide(sides[0], sides[1], config.gate)
 
 
 async def _await_swap(url: str, version: str) -> None:

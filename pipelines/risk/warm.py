@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def warm(config: Config, paths: RunPaths) -> int:
     """Load the history into the online store; returns the number of states written."""
-    if paths.prediction_log.exists():  # what was served since would be gone from the states
+    if paths.used == "served":  # what was served since would be gone from the states
         raise FeatureError(f"The run {str(paths.root)!r} has been served already.", fix="warm before the first serve")
     transactions = table.read(paths.transactions)
     days = periods(transactions, config.data)

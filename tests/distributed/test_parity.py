@@ -6,7 +6,7 @@ import pytest
 
 from deepseek_ray.errors import ConfigError
 from deepseek_ray.parallel.mesh import check_mesh
-from deepseek_ray.presets import load_moe_preset
+from deepseek_ray.presets_moe import load_moe_preset
 from deepseek_ray.train import pretrain_step
 from deepseek_ray.train.parity import Parity, verification_config, verify_mesh
 from tests.distributed.meshes import AXES, COMBINATIONS, SCHEDULES, overrides

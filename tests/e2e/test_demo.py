@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +43,7 @@ class Demo:
 
     def ask(self, *arguments: str) -> str:
         """What ``deepseek-ray`` prints about the run; it must succeed."""
-        command = [sys.executable, "-m", "deepseek_ray.cli", *arguments, "--run", str(self.paths.root), *SETTINGS]
+        command = [sys.executable, "-m", "deepseek_ray.cli", *arguments, "--run", str(self.paths.root)]
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False, timeout=120
         )
@@ -101,10 +103,18 @@ def test_an_interrupted_demo_finishes_when_it_is_started_again(demo: Demo) -> No
     assert demo.paths.report_html.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("program", "fix"), [("demo", "give a new folder"), ("warm", "warm before the first serve")])
+@pytest.mark.parametrize(
+    ("program", "fix"),
+    [
+        ("demo", "give a new folder"),
+        ("ingest --synthetic", "give a new folder"),
+        ("warm", "warm before the first serve"),
+    ],
+)
 def test_a_run_that_has_been_served_is_left_as_it_is(demo: Demo, program: str, fix: str) -> None:
     before = demo.paths.report_json.read_bytes()
-    command = [sys.executable, "-m", f"pipelines.risk.{program}", *SETTINGS, "--run", str(demo.paths.root)]
+    module, *flags = program.split()
+    command = [sys.executable, "-m", f"pipelines.risk.{module}", *flags, *SETTINGS, "--run", str(demo.paths.root)]
     again = subprocess.run(
         command, cwd=ROOT, env=demo.environment, capture_output=True, text=True, check=False, timeout=60
     )
@@ -150,6 +160,18 @@ def test_the_history_tells_each_promotion_with_its_numbers(demo: Demo) -> None:
     entries = json.loads(demo.ask("registry", "history", "--json"))["history"]
     assert [entry["action"] for entry in entries] == ["promote", "promote"]
     assert all(check["passed"] for entry in entries for check in entry["decision"]["checks"])
+
+
+def test_what_the_page_says_to_type_works_as_it_stands(demo: Demo) -> None:
+    page = html.unescape(demo.paths.report_html.read_text(encoding="utf-8"))
+    typed = re.findall(r"<pre>deepseek-ray ([^<]*) --run \S+</pre>", page)
+    assert {"verify features", "registry history", "report"} < set(typed)
+    for verb in ("verify features", "registry history", "report"):
+        demo.ask(*verb.split())
+
+
+def test_the_review_needs_no_settings_of_its_own(demo: Demo) -> None:
+    assert "0 differences" in demo.ask("review", "--no-retrain")
 
 
 def test_the_served_features_are_verified_from_the_command_line(demo: Demo) -> None:

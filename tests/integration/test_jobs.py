@@ -41,7 +41,7 @@ class Cluster:
 
     def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the repository as a job and wait for its end."""
-        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs), "DEEPSEEK_RAY_API_KEY": KEY}})
+        runtime = json.dumps({"env_vars": {"DEEPSEEK_RAY_RUNS": str(self.runs)}})
         line = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--runtime-env-json", runtime]
         return subprocess.run(
             [*line, "--working-dir", ".", "--", *command],
@@ -78,7 +78,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(
-        [*command, f"--temp-dir={temporary}"], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+        [*command, f"--temp-dir={temporary}"],
+        env=environment | {"DEEPSEEK_RAY_API_KEY": KEY},  # jobs inherit it
+        cwd=folder,
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -136,6 +140,17 @@ def test_only_the_programs_travel(cluster: Cluster) -> None:
         assert name not in line
 
 
+def test_a_job_has_the_key_of_the_node_and_does_not_show_it(cluster: Cluster) -> None:
+    shown = cluster.submit("python", "-c", "import os; print('length', len(os.environ['DEEPSEEK_RAY_API_KEY']))")
+    assert f"length {len(KEY)}" in shown.stdout, shown.stdout + shown.stderr
+    headers = {"Authorization": f"Bearer {Path(cluster.environment['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        listed = answer.read().decode()
+    assert "os.environ" in listed
+    assert KEY not in listed
+
+
 SETTINGS = ["--preset", "debug"]
 for setting in (
     "train.num_workers=1", "data.label_delay_days=1", "data.drift=new-device", "update.min_labels=20",
@@ -149,7 +164,7 @@ for setting in (
 def service(run: Path) -> Iterator[str]:
     """Serve the run on this machine, outside the cluster, while the block runs; gives the address."""
     url = f"http://127.0.0.1:{(port := free_ports(1)[0])}"
-    command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run), "--port", str(port), *SETTINGS]
+    command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"DEEPSEEK_RAY_API_KEY": KEY}) as server:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
@@ -166,11 +181,11 @@ def test_the_loop_runs_as_jobs(cluster: Cluster) -> None:
     run = cluster.runs / "job"
 
     def job(verb: str, *arguments: str) -> None:
-        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", *arguments, "--run", str(run), *SETTINGS)
+        done = cluster.submit("python", "-m", f"pipelines.risk.{verb}", *arguments, "--run", str(run))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout
 
-    job("ingest", "--synthetic")
+    job("ingest", "--synthetic", *SETTINGS)  # all that follows has them from the run
     job("train")
     assert (run / "transactions.parquet").is_file()
     assert (run / "mlflow.db").is_file()

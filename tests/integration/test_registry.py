@@ -17,11 +17,13 @@ import deepseek_ray.models as models
 from deepseek_ray.cli import main
 from deepseek_ray.config import GateConfig, ModelConfig
 from deepseek_ray.data.evidence import Evidence, VectorContract
+from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.errors import GateRefusedError
 from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.gate import decide
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema, Lineage, Probes, Registry, Tracking
+from tests.unit.test_lineage import logged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +125,7 @@ def test_several_processes_may_be_the_first_to_open_the_store(tmp_path: Path) ->
     results = [process.communicate(timeout=110) for process in started]
     assert [process.returncode for process in started] == [0, 0], results
     assert len({out for out, _ in results}) == 1
+    assert [err for _, err in results if "Warning" in err] == []
     Tracking.open(RunPaths(tmp_path), create=False)
 
 
@@ -134,7 +137,7 @@ def test_the_snippet_of_the_page_runs(champion: Registry) -> None:
     assert 0.0 <= float(out.strip(" []\n")) <= 1.0
 
 
-def test_the_cli_shows_promotes_and_rolls_back(
+def test_the_cli_shows_promotes_rolls_back_and_deletes(
     champion: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = champion.get("champion")
@@ -154,3 +157,34 @@ def test_the_cli_shows_promotes_and_rolls_back(
     shown = capsys.readouterr().out
     assert "champion: version 1" in shown
     assert "false alarms doubled at noon" in shown
+    assert main(["registry", "delete", "2", *run_folder]) == 0
+    assert main(["registry", "delete", "champion", *run_folder]) == 2
+    answered = capsys.readouterr()
+    assert answered.out == "deleted: version 2 of 'risk'\n"
+    assert "Version 1 of 'risk' stands behind champion." in answered.err
+    assert (champion.versions(), champion.history()[-1].action) == (["1"], "delete")
+
+
+def read_only(folder: Path, *verbs: str) -> subprocess.CompletedProcess[str]:
+    """Run ``deepseek-ray`` verbs where the folder is mounted read-only, which stops root too."""
+    lines = [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}", f"! touch {folder}/x 2>/dev/null"]
+    lines += [f"{sys.executable} -m deepseek_ray.cli {verb} --run {folder}" for verb in verbs]
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", " && ".join(lines)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="no mount namespaces here",
+)
+def test_what_happened_can_be_read_from_a_folder_that_nobody_may_write(champion: Registry) -> None:
+    paths = champion.tracking.paths
+    log = PredictionLog(paths.prediction_log)
+    log.commit([logged(model_version="1")])
+    log.close()
+    done = read_only(paths.root, "explain p1", "registry history", "compact")
+    assert "package_digest" in done.stdout, done.stderr
+    assert "champion: version 1" in done.stdout, done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"error: {paths.prediction_archive}: Read-only file system" in done.stderr

@@ -37,11 +37,12 @@ pytestmark = pytest.mark.timeout(400)
 class Server:
     """``python -m serve_apps.risk`` in a process of its own."""
 
-    def __init__(self, run: ServedRun, port: int) -> None:
+    def __init__(self, run: ServedRun, port: int, *settings: str) -> None:
         self.run, self.port = run, port
         self.output: list[str] = []
         command = [sys.executable, "-m", "serve_apps.risk", "--run", str(run.paths.root), "--port", str(port)]
         command += ["--set", "serving.poll_registry_s=0.3", "--set", "serving.max_transactions=50"]
+        command += [part for setting in settings for part in ("--set", setting)]
         environment = os.environ | {"DEEPSEEK_RAY_API_KEY": KEY}
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -265,6 +266,9 @@ def test_a_port_in_use_and_a_missing_key_are_said_plainly(run: ServedRun) -> Non
 def test_after_the_stop_every_answer_can_be_recomputed(server: Server) -> None:
     """Runs last: stops the server, then scores the logged inputs again, and compacts the log."""
     assert server.stop() == 0
+    shown = "".join(server.output)
+    assert "serving 'risk'" in shown
+    assert "graceful_shutdown failed" not in shown
     run = server.run
     frame = read_predictions(run.paths)
     assert len(frame) > 20

@@ -17,10 +17,11 @@ import pytest
 import ray
 
 from deepseek_ray import models
+from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config import Config, build_config
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.train import checkpoint
-from deepseek_ray.train.trainer import FitResult, fit, local_cluster, make_jobs
+from deepseek_ray.train.trainer import FitResult, fit, make_jobs
 from tests.unit.risk_rows import make_rows
 
 pytestmark = [

@@ -20,7 +20,7 @@ class RiskServer:
     """Remembers what it is sent.
 
     Args:
-        refuse: given the body of a score or feedback request, an answer that replaces the usual one, or None.
+        refuse: given the body of a posted request, an answer that replaces the usual one, or None.
         delay_s: time before a score is answered.
     """
 
@@ -30,7 +30,7 @@ class RiskServer:
         self.labels: dict[str, bool] = {}
         self.feedback_sizes: list[int] = []
         self.keys: set[str] = set()
-        self.threshold = 0.5
+        self.threshold, self.model_version = 0.5, "1"
         self.busy: dict[str, int] = {}
         """Open requests of a card; ``overtaken`` says whether there ever were two."""
         self.overtaken = False
@@ -84,11 +84,16 @@ class RiskServer:
         return web.Response(body=orjson.dumps({"accepted": accepted, "repeated": len(fresh) - accepted}))
 
     async def _set_threshold(self, request: web.Request) -> web.Response:
-        self.threshold = orjson.loads(await request.read())["threshold"]
+        body = orjson.loads(await request.read())
+        if (refusal := self._refuse(body)) is not None:
+            return refusal
+        if body["model_version"] not in ("", self.model_version):
+            return web.json_response({"detail": "Another version serves.", "type": "other-version"}, status=409)
+        self.threshold = body["threshold"]
         return await self._model(request)
 
     async def _model(self, request: web.Request) -> web.Response:
-        return web.Response(body=orjson.dumps({"model_version": "1", "threshold": self.threshold}))
+        return web.Response(body=orjson.dumps({"model_version": self.model_version, "threshold": self.threshold}))
 
 
 def prediction(transaction: Transaction, threshold: float) -> Prediction:

@@ -118,7 +118,7 @@ class Rig:
         self.log = PredictionLog(path / "predictions.db")
         self.monitor = Monitor()
         self.predictor = Predictor(self.state, self.log, live_model(), self.monitor, now_us=lambda: to_us(NOW))
-        self.batcher = Batcher(self.predictor.run, max_batch_size=4, max_queued=max_queued, after=self.predictor.flush)
+        self.batcher = Batcher(self.predictor.run, max_batch_size=4, max_queued=max_queued, after=self.predictor.settle)
         self.monitor.watch_queue(lambda: self.batcher.queued)
         service = Service(
             batcher=self.batcher,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deepseek_ray import models
+from deepseek_ray.config import TrainConfig
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models import RiskModel
 from deepseek_ray.train import checkpoint
@@ -35,7 +36,7 @@ def write(folder: Path, epoch: int, fingerprint: str = "x", keep: int = 2) -> Pa
 
 def make_job(tmp_path: Path) -> Job:
     path = ROWS.save(tmp_path / "rows.safetensors")
-    recipe = Recipe(epochs=3, batch_size=100, negative_rate=0.5)
+    recipe = Recipe.of(TrainConfig(epochs=3, batch_size=100, negative_rate=0.5))
     return Job("moe", make_config(ROWS), recipe, path, ROWS.digest, tmp_path / "moe")
 
 

@@ -57,7 +57,10 @@ def test_labels_threshold_and_model() -> None:
         assert await client.feedback([label]) == 1
         assert await client.feedback([label]) == 0
         assert (await client.set_threshold(0.25))["threshold"] == 0.25
-        assert await client.model() == {"model_version": "1", "threshold": 0.25}
+        assert (await client.set_threshold(0.3, "1"))["threshold"] == 0.3
+        with pytest.raises(RequestError, match="Another version serves"):
+            await client.set_threshold(0.9, "2")
+        assert await client.model() == {"model_version": "1", "threshold": 0.3}
 
     talk(server, story)
     assert server.labels == {"p-t1": True}

@@ -78,17 +78,16 @@ def version(number: str, average_precision: float) -> Version:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> FakeRegistry:
+def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRegistry:
+    monkeypatch.setenv("DEEPSEEK_RAY_RUN", str(tmp_path))
     known = {"1": version("1", 0.6), "2": version("2", 0.58), "3": version("3", 0.7), "4": Version("4", {})}
     registry = FakeRegistry("1", known)
     monkeypatch.setattr(commands.Registry, "open", lambda *args, **options: registry)
     return registry
 
 
-def test_promotion_by_hand_asks_the_gate_again(
-    registry: FakeRegistry, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert cli.main(["registry", "promote", "3", "--run", str(tmp_path)]) == 0
+def test_promotion_by_hand_asks_the_gate_again(registry: FakeRegistry, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["registry", "promote", "3"]) == 0
     assert capsys.readouterr().out == "champion: version 3 (before: 1)\n"
     assert registry.champion == "3"
 
@@ -152,9 +151,15 @@ DIFFERENCE = Difference("p1", "t1", 5, "card_sum_1d", 100.0, 101.0)
     ],
 )
 def test_verification_tells_how_much_was_compared(
-    found: Verification, status: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    found: Verification,
+    status: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: dict[str, Any] = {}
+    monkeypatch.setenv("DEEPSEEK_RAY_RUN", str(tmp_path))
     monkeypatch.setattr("deepseek_ray.data.verify.verify_run", lambda *args, **options: asked.update(options) or found)
     assert cli.main(["verify", "features", "--limit", "5", "--set", "data.label_delay_days=3"]) == status
     assert says in capsys.readouterr().out

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from deepseek_ray.errors import DataError
-from deepseek_ray.online.drift import Prequential, PrequentialPoint, Reference, compare, compare_all, psi
+from deepseek_ray.online.drift import Reference, compare, compare_all, psi
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=20_000)
@@ -75,24 +75,3 @@ def test_columns_come_most_moved_first() -> None:
     references = [Reference.fit("still", NORMAL), Reference.fit("moved", NORMAL)]
     results = compare_all(references, {"still": NORMAL[:2000], "moved": NORMAL[:2000] + 2})
     assert [result.name for result in results] == ["moved", "still"]
-
-
-def test_prequential_precision_slides() -> None:
-    follow = Prequential(window=4)
-    assert math.isnan(follow.point().average_precision)
-    for score, fraud in [(0.9, True), (0.1, False), (0.2, False), (0.3, False)]:
-        follow.add(score, fraud, known_us=7)
-    assert follow.point() == PrequentialPoint(7, 1.0, 4, 1)
-    follow.add(0.05, True, known_us=9)  # pushes the first one out and is ranked last
-    assert follow.point() == PrequentialPoint(9, 0.25, 4, 1)
-
-
-@pytest.mark.parametrize("score", [math.nan, -0.1, 1.1])
-def test_prequential_refuses_what_is_no_score(score: float) -> None:
-    with pytest.raises(DataError, match="no probability"):
-        Prequential().add(score, True, 0)
-
-
-def test_a_window_needs_room() -> None:
-    with pytest.raises(ValueError, match="window=0"):
-        Prequential(0)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from feast import FeatureStore
 
-from deepseek_ray.data import batch_engine, windows
-from deepseek_ray.data.feature_client import PASSWORD_ENV, FeatureClient
+from deepseek_ray.data import batch_engine, offline_store, windows
+from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.stream_engine import StreamEngine
-from deepseek_ray.errors import ConfigError, FeatureError
+from deepseek_ray.errors import FeatureError
 from deepseek_ray.paths import RunPaths
 from tests.unit.feature_worlds import world
 from tests.unit.test_stream_engine import assert_equal, play
@@ -44,9 +45,10 @@ def test_every_vector_is_a_service_with_its_digest(client: FeatureClient) -> Non
 def test_the_fast_join_equals_feasts_own(client: FeatureClient) -> None:
     history = world(120, seed=1)
     table = batch_engine.compute(history, SPEC, label_delay_days=7, sequence_len=3)
-    halves = (slice(0, 70), slice(70, None))
-    for rows in halves:
-        client.write_offline(_rows(table, rows))
+    client.write_offline(_rows(table, slice(0, 70)))
+    with client.offline_part(SPEC) as files:  # a folder of files, as several processes write it
+        for name, rows in (("a", slice(70, 90)), ("b", slice(90, None))):
+            pq.write_table(offline_store.to_arrow(_rows(table, rows)), files / f"{name}.parquet")
     asked = history.select("card_id", order_us=pl.col("order_us") + pl.Series(np.arange(120) % 3 * 1_000_000)).sample(
         60, seed=2
     )
@@ -114,6 +116,20 @@ def test_several_writers_append_offline_without_loss(client: FeatureClient) -> N
     np.testing.assert_array_equal(client.historical(history, SPEC.service).values, table.values)
 
 
+def test_a_part_that_was_not_finished_does_not_appear(client: FeatureClient) -> None:
+    table = batch_engine.compute(world(20, seed=6), SPEC, label_delay_days=7, sequence_len=1)
+    folder = client.write_offline(table).parent
+
+    def half() -> None:
+        with client.offline_part(SPEC) as files:
+            pq.write_table(offline_store.to_arrow(table), files / "a.parquet")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half()
+    assert sorted(file.name for file in folder.iterdir()) == [".write.lock", "part-00000.parquet"]
+
+
 def test_vectors_written_again_replace_the_former_ones(client: FeatureClient) -> None:
     history = world(60, seed=7)
     for delay, length in ((7, 1), (1, 3)):  # other settings for the same events
@@ -127,18 +143,6 @@ def test_vectors_written_again_replace_the_former_ones(client: FeatureClient) ->
 def test_a_run_that_was_not_applied_says_so(tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="apply"):
         FeatureClient(RunPaths(tmp_path)).services()
-
-
-def test_redis_comes_by_one_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepseek_ray.data.feature_client import _redis
-
-    assert _redis("redis://cache:7000")["connection_string"] == "cache:7000"
-    monkeypatch.setenv(PASSWORD_ENV, "secret")
-    assert _redis("rediss://cache/2")["connection_string"] == f"cache:6379,db=2,ssl=true,password=${{{PASSWORD_ENV}}}"
-    with pytest.raises(ConfigError, match="password"):
-        _redis("redis://:secret@cache")
-    with pytest.raises(ConfigError, match="memcached"):
-        _redis("memcached://cache")
 
 
 def test_the_shipped_store_settings_name_no_path_outside_the_run() -> None:

@@ -70,7 +70,7 @@ def test_a_changed_pin_installs_again(clone: Path) -> None:
     [
         ("demo", "python -m pipelines.risk.demo"),
         ("test", "python -m pytest -m not slow and not gpu"),
-        ("test-full", "python -m pytest"),
+        ("test-full", "python -m tests.full"),
         ("bench", "python -m tests.bench.bench_one"),
     ],
 )
@@ -99,9 +99,32 @@ def test_ci_checks_style_and_tests_and_uses_the_data_beside_the_checkout(
 ) -> None:
     monkeypatch.setenv("PATH", f"{clone.parent / 'tools'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("DEEPSEEK_RAY_HANDBOOK", raising=False)
+    for name in ("redis-server", "psql"):  # installed: nothing to fetch
+        (clone.parent / "tools" / name).write_text(STAND_IN)
+        (clone.parent / "tools" / name).chmod(0o755)
     tool = clone.parent / "tools" / "make"
     tool.write_text('#!/bin/sh\necho "$* data=$DEEPSEEK_RAY_HANDBOOK" >> "$CALLS"\n')
     assert run(clone, "bash", ".ci/run") == ["lint data=", "test data="]
     data = clone.parent / "shared" / "data" / "fraud-handbook"
     data.mkdir(parents=True)
     assert run(clone, "bash", ".ci/run") == [f"lint data={data}", f"test data={data}"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_ci_installs_servers_for_root_and_goes_on_without_them(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    tools = clone.parent / "tools"
+    stand_ins = {"make": STAND_IN, "apt-get": STAND_IN.replace("exit 0", f"exit {status}"), "id": "#!/bin/sh\necho 0\n"}
+    for name, text in stand_ins.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    for name in ("bash", "sh", "dirname", "basename"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tools))
+    calls = run(clone, "bash", ".ci/run")
+    assert [call for call in calls if call.startswith("make")] == ["make lint", "make test"]
+    installs = [call for call in calls if "install" in call]
+    assert [call.split()[-1] for call in installs] == ([] if status else ["redis-server", "postgresql"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,8 @@ def test_serving_without_a_key_stops_before_anything_starts(tmp_path: object) ->
         risk.main(["--run", str(tmp_path), "--port", "0"])
 
 
-def test_settings_come_from_preset_file_and_command_line() -> None:
-    options = risk._parser().parse_args(["--port", "81", "--set", "serving.max_batch_size=3", "--preset", "debug"])
+def test_settings_come_from_preset_file_and_command_line(tmp_path: Path) -> None:
+    arguments = ["--port", "81", "--set", "serving.max_batch_size=3", "--preset", "debug", "--run", str(tmp_path)]
+    options = risk._parser().parse_args(arguments)
     config, _ = risk._settings(options)
     assert (config.serving.port, config.serving.max_batch_size) == (81, 3)

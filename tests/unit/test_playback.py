@@ -15,6 +15,7 @@ from deepseek_ray.client import RiskClient
 from deepseek_ray.data.datasets import DAY_US
 from deepseek_ray.data.events import to_us
 from deepseek_ray.data.table import to_table
+from deepseek_ray.errors import RequestError
 from deepseek_ray.online import playback
 from deepseek_ray.online.playback import (
     Label,
@@ -22,6 +23,7 @@ from deepseek_ray.online.playback import (
     late_labels,
     play_day,
     send_labels,
+    send_threshold,
     send_transactions,
     to_transactions,
 )
@@ -127,6 +129,66 @@ def test_a_slow_answer_is_not_made_up_for_by_a_burst(monkeypatch: pytest.MonkeyP
 
     asyncio.run(story())
     assert clock.sleeps == [0.0, 0.0, 0.1]
+
+
+def test_an_open_loop_keeps_to_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(playback.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(playback.asyncio, "sleep", clock.sleep)
+
+    async def story() -> list[float]:
+        pacer = playback._Pacer(lambda: 10.0, open_loop=True)
+        due = [await pacer.wait()]
+        clock.now_s += 0.25  # an answer that takes as long as two and a half requests
+        return due + [await pacer.wait() for _ in range(4)]
+
+    assert asyncio.run(story()) == pytest.approx([100.0, 100.1, 100.2, 100.3, 100.4])
+    assert clock.now_s == pytest.approx(100.4)
+
+
+class Stalling(RiskServer):
+    """Answers its first request after 0.4 s, the others at once."""
+
+    async def _work(self, cards: list[str]) -> None:
+        await asyncio.sleep(0.0 if self.scored else 0.4)
+
+
+def stalled(*, open_loop: bool) -> Outcome:
+    """Thirty requests at 50 a second over one lane."""
+    outcome, events = Outcome(), [event(number, card=f"c{number}", at_s=number) for number in range(30)]
+    pace: dict[str, Any] = {"lanes": 1, "rate_per_s": lambda: 50.0, "open_loop": open_loop}
+    play(Stalling(), lambda client: send_transactions(client, events, outcome, **pace))
+    return outcome
+
+
+def test_a_stall_is_seen_by_every_request_that_was_due_in_it() -> None:
+    outcome = stalled(open_loop=True)
+    assert sum(latency > 100 for latency in outcome.latencies_ms) >= 10  # of 20 that were due in the meantime
+    assert outcome.figures()["http_achieved_rate"] == pytest.approx(50.0, rel=0.2)
+
+
+def test_without_a_schedule_a_stall_shows_in_the_rate_alone() -> None:
+    outcome = stalled(open_loop=False)
+    assert sum(latency > 300 for latency in outcome.latencies_ms) == 1
+    assert outcome.figures()["http_achieved_rate"] < 40.0
+
+
+def test_a_threshold_goes_to_the_version_it_was_computed_for(caplog: pytest.LogCaptureFixture) -> None:
+    server = RiskServer()
+    assert play(server, lambda client: send_threshold(client, 0.2, "1"))
+    server.model_version = "2"  # swapped in between
+    with caplog.at_level("WARNING", logger=playback.log.name):
+        playback.log.addHandler(caplog.handler)
+        assert not play(server, lambda client: send_threshold(client, 0.3, "1"))
+        playback.log.removeHandler(caplog.handler)
+    assert server.threshold == 0.2
+    assert "of version 1 is left out" in caplog.text
+
+
+def test_another_refusal_of_a_threshold_is_an_error() -> None:
+    server = RiskServer(refuse=lambda body: web.json_response({"detail": "no number"}, status=422))
+    with pytest.raises(RequestError, match="no number"):
+        play(server, lambda client: send_threshold(client, 0.2, "1"))
 
 
 def test_a_failed_request_is_kept_and_the_rest_goes_on() -> None:

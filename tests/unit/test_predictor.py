@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_ray.data.events import Feedback, Transaction, to_us
 from deepseek_ray.errors import FeatureError, RequestError
+from deepseek_ray.serving import predictor
 from deepseek_ray.serving.commands import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
 from tests.unit.serving_parts import NOW, FakeScorer, Rig, event, live_model, rig
 
@@ -200,3 +201,24 @@ def test_a_broken_state_fails_the_requests_of_its_card_only(tmp_path: Path, monk
         assert isinstance(second, FeatureError)
         assert isinstance(third, ScoreResult)
         assert made.state.counts == {"c1": 1, "c3": 1}
+
+
+def test_what_the_archive_holds_is_dropped_some_after_each_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "DROPPED_A_BATCH", 2)
+
+    def held(made: Rig) -> list[str]:
+        ids = [made.log.by_transaction([f"t{number}"])[f"t{number}"].prediction_id for number in range(1, 6)]
+        rows = [made.log.get(name) for name in ids]
+        return [row.transaction.transaction_id for row in rows if row is not None and row.values.size]
+
+    with rig(tmp_path) as made:
+        scored(made, *(event(number, card=f"c{number}") for number in range(1, 6)))
+        made.predictor.settle()
+        assert held(made) == ["t1", "t2", "t3", "t4", "t5"]
+        made.predictor.archived = 3
+        for left in (["t3", "t4", "t5"], ["t4", "t5"], ["t4", "t5"]):
+            made.predictor.settle()
+            assert held(made) == left
+        assert scored(made, event(1, card="c1")).repeated == 1  # still known by its transaction

@@ -123,13 +123,11 @@ def two(registry: Registry, tmp_path: Path) -> Registry:
     return registry
 
 
-def test_run_keeps_params_metrics_tags_and_files(registry: Registry, tmp_path: Path) -> None:
-    (tmp_path / "note.txt").write_text("x")
+def test_run_keeps_params_metrics_tags_and_files(registry: Registry) -> None:
     with registry.tracking.start_run("train", tags={"k": "v"}) as run:
         run.log_params({"train": {"lr": 0.1}, "seed": 3})
         run.log_metrics({"average_precision": 0.7}, step=2)
         run.log_dict({"a": 1}, "facts.json")
-        run.log_file(tmp_path / "note.txt")
     again = registry.tracking.run(run.run_id)
     assert again.params == {"train.lr": "0.1", "seed": "3"}
     assert again.metrics == {"average_precision": 0.7}

@@ -131,3 +131,56 @@ def test_labels_are_needed() -> None:
 def test_there_must_be_room() -> None:
     with pytest.raises(ValueError, match="capacity"):
         Reservoir(0)
+
+
+def as_fraud(rows: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {**rows, "label": np.ones(len(rows["label"]), dtype=np.int8)}
+
+
+KEY = ("card", "order_us")
+
+
+def test_a_correction_moves_a_kept_row_to_the_frauds(tmp_path: Path) -> None:
+    memory = Reservoir(500)
+    memory.add(make_rows(1, 100, fraud_every=1000))
+    assert memory.correct(as_fraud(make_rows(7, 2)), KEY) == 2
+    rows = memory.rows()
+    assert sorted(rows["order_us"]) == list(range(1, 101))
+    assert rows["order_us"][rows["label"] == 1].tolist() == [7, 8]
+    assert memory.seen == {0: 98, 1: 2}
+    memory.save(tmp_path / "replay.npz")
+    again = Reservoir.load(tmp_path / "replay.npz")
+    assert again.correct(as_fraud(make_rows(7, 2)), KEY) == 0
+    assert again.seen == {0: 98, 1: 2}
+
+
+def test_a_correction_reaches_rows_that_were_thinned_out() -> None:
+    memory = Reservoir(20)
+    memory.add(make_rows(1, 200, fraud_every=1000))
+    gone = next(at for at in range(1, 201) if at not in memory.rows()["order_us"])
+    assert memory.correct(as_fraud(make_rows(gone, 1)), KEY) == 1
+    assert (memory.seen, memory.num_kept(0), memory.num_kept(1)) == ({0: 199, 1: 1}, 20, 1)
+
+
+def test_a_full_class_of_frauds_takes_only_what_it_cannot_have_seen() -> None:
+    memory = Reservoir(5)
+    memory.add(make_rows(0, 10, fraud_every=1))
+    memory.add(make_rows(101, 3, fraud_every=1000))
+    dropped = next(at for at in range(10) if at not in memory.rows()["order_us"])
+    assert memory.correct(as_fraud(make_rows(dropped, 1)), KEY) == 0
+    assert memory.correct(as_fraud(make_rows(102, 1)), KEY) == 1
+    assert (memory.seen, memory.num_kept(0)) == ({0: 2, 1: 11}, 2)
+
+
+def test_the_choice_stays_fair_after_corrections() -> None:
+    kept = []
+    for seed in range(300):
+        memory = Reservoir(20, seed=seed)
+        memory.add(make_rows(1, 100, fraud_every=1000))
+        memory.correct(as_fraud(make_rows(1, 20)), KEY)
+        memory.add(make_rows(101, 120, fraud_every=1000))
+        rows = memory.rows()
+        assert len(rows["label"]) - rows["label"].sum() == memory.num_kept(0)
+        kept.append(rows["order_us"][rows["label"] == 0])
+    counts = np.histogram(np.concatenate(kept), bins=4, range=(21, 221))[0]
+    assert counts == pytest.approx(np.full(4, counts.mean()), rel=0.12)

@@ -149,6 +149,7 @@ def latency_result() -> dict[str, Any]:
     counts, edges = np.histogram(times, bins=np.arange(0, 41))
     return {
         "rate_per_s": 50.0,
+        "http_achieved_rate": 49.5,
         "duration_s": 60.0,
         "requests": 3000,
         "failed": 0,
@@ -341,6 +342,7 @@ def test_report_json_holds_the_figures_under_the_promised_keys(flat: dict[str, A
         "dense_average_precision": 0.7302,
         "min_expert_load": 0.084,
         "served_offline_max_diff": 2.2e-16,
+        "http_achieved_rate": 49.5,
         "feature_differences": 0,
         "update_failed_requests": 0,
         "http_p50_ms": 4.93,
@@ -447,6 +449,7 @@ def test_decision_times_at_a_low_rate_prove_nothing(tmp_path: Path) -> None:
     page, flat = written(make_run(tmp_path / "run", {"latency": latency_result() | {"rate_per_s": 5.0}}))
     assert "http_p99_ms" not in flat
     assert flat["latency.http_p99_ms"] == 13.2
+    assert flat["latency.http_achieved_rate"] == 49.5
     assert "not counted in the verdict" in page.text
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek_ray import models
+from deepseek_ray.config import TrainConfig
 from deepseek_ray.errors import ModelFormatError
 from deepseek_ray.models import RiskModel
 from deepseek_ray.models.events import FeatureAdapter
@@ -25,7 +26,7 @@ def trained() -> RiskModel:
     torch.manual_seed(0)
     model = RiskModel(make_config(ROWS))
     model.prepare(ROWS.features, ROWS.label)
-    train_in_process(model, ROWS, Recipe(epochs=2, batch_size=200, negative_rate=1.0, lr=5e-3))
+    train_in_process(model, ROWS, Recipe.of(TrainConfig(epochs=2, batch_size=200, lr=5e-3)))
     return model
 
 

@@ -19,7 +19,7 @@ from deepseek_ray.train.step import Recipe, Training, calibrate, train_in_proces
 from tests.unit.risk_rows import SHAPE, make_config, make_rows
 
 ROWS = make_rows(3_000)
-RECIPE = Recipe(epochs=3, batch_size=200, negative_rate=0.5, lr=5e-3)
+RECIPE = Recipe.of(TrainConfig(epochs=3, batch_size=200, negative_rate=0.5, lr=5e-3))
 
 
 def make_model(*, shape: object = SHAPE) -> RiskModel:
@@ -131,3 +131,10 @@ def test_a_record_holds_finite_numbers_only() -> None:
     numbers = history[0].numbers()
     assert "average_precision" not in numbers
     assert all(math.isfinite(value) for value in numbers.values())
+
+
+def test_a_recipe_has_no_defaults_beside_those_of_the_settings() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    assert fields.pop("seed") == 0
+    assert set(fields.values()) == {dataclasses.MISSING}
+    assert fields.keys() <= TrainConfig.model_fields.keys()

@@ -1,15 +1,19 @@
-"""Thresholds: a budget of alerts, and the least expected loss."""
+"""Thresholds: a budget of alerts, or the least expected loss."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_ray.config import ServingConfig
 from deepseek_ray.errors import DataError
-from deepseek_ray.online.threshold import AlertBudget, bayes_threshold, budget_threshold, cost_threshold
+from deepseek_ray.online.threshold import LiveThreshold, budget_threshold, cost_threshold, policy_threshold
 
+COSTS: dict[str, Any] = {"threshold_policy": "cost", "review_cost": 8.0, "missed_fraud_cost": 100.0}
 SCORES = st.lists(st.floats(0, 0.999), min_size=1, max_size=200)
 
 
@@ -50,7 +54,7 @@ def test_rates_out_of_range_are_refused(rate: float) -> None:
 
 
 def test_the_window_follows_the_scores() -> None:
-    budget = AlertBudget(0.05, 0.5, window=1000, min_scores=100, refresh_every=1)
+    budget = LiveThreshold(ServingConfig(alert_rate=0.05), 0.5, window=1000, min_scores=100, refresh_every=1)
     rng = np.random.default_rng(0)
     assert budget.observe(rng.uniform(0, 0.2, 50)) == 0.5  # too few scores to move
     low = budget.observe(rng.uniform(0, 0.2, 1000))
@@ -60,14 +64,14 @@ def test_the_window_follows_the_scores() -> None:
 
 
 def test_the_threshold_moves_only_now_and_then() -> None:
-    budget = AlertBudget(0.1, 0.5, window=100, min_scores=10, refresh_every=50)
+    budget = LiveThreshold(ServingConfig(alert_rate=0.1), 0.5, window=100, min_scores=10, refresh_every=50)
     first = budget.observe(np.linspace(0, 0.2, 60))
     assert budget.observe(np.full(49, 0.9)) == first
     assert budget.observe([0.9]) > first
 
 
 def test_reset_forgets_the_old_model() -> None:
-    budget = AlertBudget(0.1, 0.5, window=100, min_scores=10, refresh_every=1)
+    budget = LiveThreshold(ServingConfig(alert_rate=0.1), 0.5, window=100, min_scores=10, refresh_every=1)
     budget.observe(np.linspace(0, 0.2, 60))
     budget.reset(0.7)
     assert budget.value == 0.7
@@ -75,38 +79,33 @@ def test_reset_forgets_the_old_model() -> None:
     assert budget.observe([]) == 0.7
 
 
-@pytest.mark.parametrize(
-    "settings", [{"alert_rate": 0.0}, {"initial": 2.0}, {"min_scores": 0}, {"refresh_every": 0}, {"window": 5}]
-)
+@pytest.mark.parametrize("settings", [{"initial": 2.0}, {"min_scores": 0}, {"refresh_every": 0}, {"window": 5}])
 def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        AlertBudget(**{"alert_rate": 0.1, "initial": 0.5, **settings})  # type: ignore[arg-type]
+        LiveThreshold(ServingConfig(), **{"initial": 0.5, **settings})  # type: ignore[arg-type]
 
 
-def test_cost_threshold_finds_the_best_by_trying_all() -> None:
+def test_a_review_pays_from_the_cost_threshold_on() -> None:
     rng = np.random.default_rng(1)
-    scores, amounts = rng.uniform(0, 1, 300).round(2), rng.uniform(1, 100, 300)
-    labels = rng.uniform(0, 1, 300) < scores * 0.5
-    chosen = cost_threshold(scores, labels, amounts, review_cost=8.0)
+    scores = rng.uniform(0, 0.5, 50_000)
+    labels = rng.uniform(size=len(scores)) < scores  # calibrated
 
     def loss(threshold: float) -> float:
         alert = scores >= threshold
-        return float(np.sum(amounts[labels & ~alert]) + 8.0 * np.count_nonzero(alert))
+        return 100.0 * np.count_nonzero(labels & ~alert) + 8.0 * np.count_nonzero(alert)
 
-    assert loss(chosen) == pytest.approx(min(loss(threshold) for threshold in [*np.unique(scores), 1.1]))
-
-
-def test_no_review_when_none_pays() -> None:
-    assert cost_threshold([0.2, 0.4], [0, 1], [1.0, 1.0], review_cost=5.0) > 0.4
+    chosen = cost_threshold(8.0, 100.0)
+    assert chosen == 0.08
+    assert loss(chosen) <= 1.01 * min(loss(threshold) for threshold in np.linspace(0, 0.5, 101))
 
 
-def test_cost_arrays_must_match() -> None:
-    with pytest.raises(DataError, match="differ"):
-        cost_threshold([0.1, 0.2], [1], [1.0, 1.0], review_cost=1.0)
+def test_the_policy_chooses() -> None:
+    scores = np.arange(1000) / 1000
+    assert policy_threshold(scores, ServingConfig(alert_rate=0.01)) == 0.990
+    assert policy_threshold([], ServingConfig(**COSTS)) == 0.08
 
 
-def test_bayes_threshold_falls_with_the_amount() -> None:
-    assert bayes_threshold(100.0, review_cost=5.0) == pytest.approx(0.05)
-    assert bayes_threshold(100.0, review_cost=5.0, caught_share=0.5) == pytest.approx(0.1)
-    assert bayes_threshold(0.0, review_cost=5.0) == 1.0
-    assert bayes_threshold(1.0, review_cost=5.0) == 1.0
+@pytest.mark.parametrize("wrong", [{"review_cost": 0.0}, {"missed_fraud_cost": 8.0}, {"missed_fraud_cost": 0.0}])
+def test_costs_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="needs 0 < review_cost"):
+        ServingConfig(**COSTS | wrong)

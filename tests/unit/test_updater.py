@@ -19,7 +19,7 @@ from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.gate import decide
 from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
-from deepseek_ray.online.updater import not_remembered, recall, remember, warm_start
+from deepseek_ray.online.updater import correct, not_remembered, recall, remember, warm_start
 from deepseek_ray.train.step import EpochRecord, Recipe, train_in_process
 
 NAMES = ("amount", "old_pattern", "new_pattern")
@@ -65,7 +65,7 @@ def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = RiskModel(RiskModelConfig(feature_names=NAMES, sequence_len=2, shape=SHAPE))
     everything = OLD.concat(NEW)
     model.prepare(everything.features, everything.label)
-    train_in_process(model, OLD, Recipe(epochs=6, batch_size=64, lr=1e-2, negative_rate=0.5))
+    train_in_process(model, OLD, Recipe.of(TRAIN, epochs=6, lr=1e-2))
     return model.save_pretrained(tmp_path_factory.mktemp("champion"))
 
 
@@ -167,3 +167,14 @@ def test_rows_of_an_earlier_update_are_not_new_again(memory: Reservoir, tmp_path
     fresh.save(tmp_path / "memory.npz")
     left = not_remembered(Reservoir.load(tmp_path / "memory.npz"), OLD)
     assert left.order_us.tolist() == OLD.order_us[OLD.order_us > half].tolist()
+
+
+def test_a_label_that_comes_late_makes_a_remembered_row_a_fraud(memory: Reservoir) -> None:
+    late = OLD.order_us == OLD.order_us[5]  # remembered as genuine
+    served = RiskDataset(**{**vars(OLD), "label": np.where(late, 1, OLD.label).astype(np.int8)})
+    younger = RiskDataset(**{**vars(served), "order_us": served.order_us + OLD.order_us.max() + 1})
+    assert correct(memory, served.concat(younger)) == 1
+    rows = recall(memory)
+    assert rows.label[rows.order_us == OLD.order_us[5]].tolist() == [1]
+    assert memory.seen == {0: 539, 1: 61}
+    assert correct(memory, served) == 0

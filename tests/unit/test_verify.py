@@ -23,9 +23,11 @@ SPEC = windows.load().vector("default")
 LENGTH = 4
 
 
-def serve(paths: RunPaths, history: pl.DataFrame, *, warmed: int, tamper: int | None = None) -> None:
+def serve(
+    paths: RunPaths, history: pl.DataFrame, *, warmed: int, tamper: int | None = None, online_store: str = ""
+) -> None:
     """Warm with the first rows, serve and log the rest; each label is reported after ten more events."""
-    client = FeatureClient(paths)
+    client = FeatureClient(paths, online_store)
     client.apply()
     engine = StreamEngine(client.declaration(), SPEC, client, label_delay_days=7, sequence_len=LENGTH)
     if warmed:
@@ -149,7 +151,7 @@ def test_the_command_of_the_page_shows_no_difference(tmp_path: Path, capsys: pyt
 
 
 def test_the_snippet_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (windows.DECLARATION.parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
+    page = (windows.DECLARATION.resolve().parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
     snippet = page.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     shown: list[object] = []
@@ -158,7 +160,7 @@ def test_the_snippet_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_page_tells_the_sizes_and_every_aggregation() -> None:
-    page = (windows.DECLARATION.parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
+    page = (windows.DECLARATION.resolve().parents[1] / "docs" / "features.md").read_text(encoding="utf-8")
     for spec in windows.load().vectors.values():
         assert f"| `{spec.name}` | {len(spec.names)} | `{spec.service}` |" in page
     for name in (*windows.EVENT_AGGREGATIONS, *windows.DELAYED_AGGREGATIONS):

@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.config import ServingConfig
+from deepseek_ray.data.datasets import DAY_US, RiskDataset
 from deepseek_ray.metrics import average_precision
 from deepseek_ray.online.watch import Watch
 
@@ -41,13 +42,14 @@ def served(
     )
 
 
-def labels(*pairs: tuple[float, int | None]) -> pl.DataFrame:
-    """Probability and truth, which may be unknown."""
-    return pl.DataFrame(pairs, schema={"probability": pl.Float64, "is_fraud": pl.Int64}, orient="row")
+def labels(*pairs: tuple[float, int | None], day: float = 0.0) -> pl.DataFrame:
+    """Probability and truth, which may be unknown; known on a day counted from 0."""
+    schema = {"probability": pl.Float64, "is_fraud": pl.Int64}
+    return pl.DataFrame(pairs, schema=schema, orient="row").with_columns(known_us=pl.lit(round(day * DAY_US), pl.Int64))
 
 
 def watch(alert_rate: float = 0.1) -> Watch:
-    return Watch(reference(), alert_rate=alert_rate, threshold=0.5)
+    return Watch(reference(), ServingConfig(alert_rate=alert_rate), threshold=0.5)
 
 
 def test_a_day_like_the_training_days_shows_no_drift() -> None:
@@ -68,6 +70,22 @@ def test_quality_counts_known_labels_only() -> None:
     known = [(0.9, 1), (0.8, 0), (0.7, 1), (0.1, 0)]
     report = watch().close_day("2026-01-05", served(), labels(*known, (0.95, None)), frauds=0)
     assert report.average_precision == pytest.approx(average_precision([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.1]))
+
+
+def test_a_recovery_shows_as_soon_as_its_labels_are_in() -> None:
+    wrong = pl.concat([labels((0.1, 1), (0.9, 0), (0.8, 0), (0.7, 0), day=day) for day in range(20)])
+    right = [labels((0.9, 1), (0.1, 0), day=20 + day) for day in range(3)]
+    seen = watch()
+    lost = seen.close_day("2026-01-24", served(), wrong, frauds=0).average_precision
+    assert lost == pytest.approx(average_precision([1, 0, 0, 0], [0.1, 0.9, 0.8, 0.7]))
+    assert seen.close_day("2026-01-27", served(), pl.concat([wrong, *right]), frauds=0).average_precision == 1.0
+
+
+def test_a_threshold_by_cost_stands_where_a_review_pays() -> None:
+    costs = ServingConfig(threshold_policy="cost", review_cost=5.0, missed_fraud_cost=100.0)
+    seen = Watch(reference(), costs, threshold=0.5)
+    for seed in (1, 2):
+        assert seen.close_day(f"2026-01-0{seed}", served(seed=seed), labels(), frauds=0).threshold == 0.05
 
 
 @pytest.mark.parametrize("known", [labels(), labels((0.3, None)), labels((0.3, 0), (0.9, 0))])
