@@ -136,6 +136,7 @@ class ClusterConfig(Section):
 
     num_workers: int = Field(0, ge=0, description="processes offered; 0: as many as the mesh has")
     min_workers: int = Field(0, ge=0, description="elastic: fewest processes to go on with; 0: not elastic")
+    resize_interval_s: float = Field(60.0, gt=0, description="elastic: how often to look for more or fewer processes")
     threads_per_worker: int = Field(1, ge=1)
     max_failures: int = Field(3, ge=0)
     timeout_s: int = Field(120, ge=1, description="of a collective")

@@ -65,8 +65,9 @@ def plan(options: argparse.Namespace) -> int:
         schedule = one.degrees.schedule if one.degrees.pp > 1 else "-"
         times = (f"{one.bubble:.1%}", f"{one.traffic_s:.2f}s", f"{one.step_s:.2f}s")
         print(_row(one.mesh(), schedule, *(f"{size:.1f}" for size in sizes), *times))
-    best = plans[0]
-    print(f"Next: deepseek-ray verify mesh --config debug_moe --mesh {best.mesh()} --schedule {best.degrees.schedule}")
+    axes = "".join(f" --set parallel.{degree}" for degree in plans[0].mesh().split(","))
+    print(f"Next: python -m pipelines.moe.train --config {options.config}{axes} "
+          f"--set parallel.schedule={plans[0].degrees.schedule}")  # fmt: skip
     return 0
 
 

@@ -110,6 +110,7 @@ def run_on_ray(
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(cluster.min_workers, most) if elastic else most,
+            elastic_resize_monitor_interval_s=cluster.resize_interval_s,
             use_gpu=gpu,
             resources_per_worker={"CPU": cluster.threads_per_worker, **({"GPU": 1} if gpu else {})},
         ),
