@@ -146,6 +146,7 @@ class MoEConfig(Section):
     """The whole tree."""
 
     seed: int = Field(0, ge=0)
+    init_from: str = Field("", description="folder of a pretrained model to start from; empty: drawn from the seed")
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     step: StepConfig = Field(default_factory=StepConfig)

@@ -78,6 +78,23 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Bac
     return (model if dtype is None else model.to(dtype)).eval()
 
 
+def check(folder: str | Path, shape: BackboneConfig) -> None:
+    """Make sure that a saved model is whole and has a shape.
+
+    Raises:
+        ModelFormatError: a file is missing or changed, or the shape is another.
+    """
+    source = Path(folder)
+    config, files = _read_config(source)
+    other = [name for name, value in shape.model_dump().items() if getattr(config, name) != value]
+    if other:
+        was, wanted = getattr(config, other[0]), getattr(shape, other[0])
+        raise _bad(source, f"its {other[0]} is {was!r}, not {wanted!r}")
+    for name, digest in files.items():
+        if not (source / name).is_file() or _sha256(source / name) != digest:
+            raise _bad(source, f"{name} is missing or its checksum is not the one in {CONFIG_FILE}")
+
+
 def pieces_of(config: BackboneConfig) -> Iterator[str]:
     """Names of the files without their ending."""
     yield "adapter"

@@ -6,6 +6,7 @@ The result computes what the whole model computes in one process; ``deepseek-ray
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class SpreadModel:
             key_B: keys of its samples (models/dropout.py).
         """
         self._weigh_losses()
+        x = x.to(self.compute) if x.is_floating_point() else x
         keys = {"key_B": key_B} if self.config.backbone.dropout else {}
         if self.pipeline is not None:
             losses = self.pipeline.step(x, target, keys)
@@ -84,8 +86,9 @@ class SpreadModel:
             if isinstance(model, FSDPModule):  # gradients cross processes once a step
                 model.set_is_last_backward(number == count - 1)
                 model.set_requires_gradient_sync(number == count - 1)
-            loss = self._loss(model(rows, **{k: v.chunk(count)[number] for k, v in keys.items()}), goal)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with nullcontext() if self.mesh else shard.computing_in(model, self.compute):
+                loss = self._loss(model(rows, **{k: v.chunk(count)[number] for k, v in keys.items()}), goal)
+                loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss)
         return losses
 

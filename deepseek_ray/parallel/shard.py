@@ -6,6 +6,8 @@ Experts are sharded over efsdp, the processes that hold the same experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,3 +71,16 @@ def precision_policy(precision: torch.dtype) -> MixedPrecisionPolicy:
     if precision in (torch.bfloat16, torch.float16):
         return MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     return MixedPrecisionPolicy()
+
+
+@contextmanager
+def computing_in(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
+    """One process alone computes as FSDP2 does: it reads weights in a low precision, gradients arrive in their own."""
+    held = [(owner, name, weight) for owner in model.modules() for name, weight in owner._parameters.items()]
+    try:
+        for owner, name, weight in held:
+            owner._parameters[name] = weight.to(precision) if weight is not None else None  # type: ignore[assignment]
+        yield
+    finally:  # the backward pass is over, for it may compute activations again
+        for owner, name, weight in held:
+            owner._parameters[name] = weight

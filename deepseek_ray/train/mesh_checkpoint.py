@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from deepseek_ray.errors import CheckpointError
+from deepseek_ray.models.pretrained import check
 from deepseek_ray.parallel.apply import SpreadModel
 from deepseek_ray.train import manifest
 
@@ -147,6 +148,19 @@ def load(path: Path, done: int, model: SpreadModel, optimiser: torch.optim.AdamW
         ) from error
     for _, weight in model.named_parameters():
         optimiser.state[weight]["step"].fill_(float(done))
+
+
+def import_pretrained(model: SpreadModel, folder: Path) -> None:
+    """Load the weights of a pretrained model into a model on any mesh; moments and steps stay as they are.
+
+    Raises:
+        ModelFormatError: a file is missing or changed, or the shapes are not the model's.
+    """
+    check(folder, model.config.backbone)
+    names = dict(model.named_parameters())
+    wanted = {name: weight.detach() for name, weight in names.items()}
+    wanted |= {f"layers.{number}.feed.router.bias_E": router.bias_E for number, router in model.routers().items()}
+    load_shards(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
 
 def _is_first() -> bool:

@@ -14,6 +14,7 @@ from deepseek_ray.data.samples import Samples
 from deepseek_ray.models.dropout import sample_keys
 from deepseek_ray.parallel.apply import SpreadModel, joined_counts
 from deepseek_ray.parallel.exchange import GradientExchange
+from deepseek_ray.train.callbacks import Callback, LearningRate
 from deepseek_ray.train.clip import clip_by_global_norm, clip_by_unit
 from deepseek_ray.train.precision import LossScale, unscale
 
@@ -45,6 +46,9 @@ class Stepper:
         model: this process's share.
         samples: the whole data set, by sample number.
         exchange: sums gradients over dp_replicate; None where the backward pass does.
+
+    Attributes:
+        callbacks: called in this order; the schedule of the learning rate comes first.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Stepper:
     ) -> None:
         self.config, self.model, self.samples, self.exchange = config, model, samples, exchange
         self.optimiser = make_adamw(model, config.step)
+        self.callbacks: list[Callback] = [LearningRate(config.step)]
         self.scale = LossScale() if model.compute == torch.float16 else None
         if self.scale is not None:
             model.loss_scale = self.scale.value
@@ -66,17 +71,20 @@ class Stepper:
         if self.exchange is not None:
             last = (number + 1) % settings.checkpoint_every == 0  # a checkpoint must hold all there is
             self.exchange.sum_gradients(list(self.model.named_parameters()), flush=last)
-        lr = learning_rate(number, settings)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        for callback in self.callbacks:
+            callback.before_update(self, number)
         norm = math.inf
-        if self._finite():
+        if finite:
             norm = self._clip()
             self.optimiser.step()
         load = joined_counts(self.model)
         for layer, router in self.model.routers().items():
             router.balance(load[layer], self.config.backbone.bias_rate)
-        return StepReport(number, loss, norm, lr, {layer: count.tolist() for layer, count in load.items()})
+        lr = float(self.optimiser.param_groups[0]["lr"])
+        report = StepReport(number, loss, norm, lr, {layer: count.tolist() for layer, count in load.items()})
+        for callback in self.callbacks:
+            callback.after_step(report)
+        return report
 
     def backward(self, number: int) -> float:
         """Gradients of step ``number``; returns the global batch's mean loss."""
@@ -130,20 +138,3 @@ def make_adamw(model: SpreadModel, settings: StepConfig) -> torch.optim.AdamW:
     # one tensor at a time: the fused forms do not take weights of different meshes together
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=betas, foreach=False)
-
-
-def learning_rate(step: int, settings: StepConfig) -> float:
-    """Linear warm-up, then: cosine to a tenth (arXiv:1608.03983), constant, or constant with a linear end (wsd).
-
-    Warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395.
-    """
-    warm = round(settings.warmup_fraction * settings.steps)
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    if settings.schedule == "cosine":
-        done = (step - warm) / max(1, settings.steps - warm)
-        return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-    decay = round(settings.decay_fraction * settings.steps)
-    if settings.schedule == "wsd" and step >= settings.steps - decay:
-        return settings.lr * max(0, settings.steps - step) / max(1, decay)
-    return settings.lr

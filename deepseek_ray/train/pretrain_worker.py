@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.data.corpus import Corpus
 from deepseek_ray.errors import DataError
 from deepseek_ray.parallel.resize import fit_mesh
+from deepseek_ray.train.callbacks import Callback
 from deepseek_ray.train.parameter_server import ParameterServer
 from deepseek_ray.train.pretrain_step import StepReport
 from deepseek_ray.train.pretraining import own_device, pretrain
@@ -56,35 +56,41 @@ def run_here(config: MoEConfig, folder: Path, data_digest: str) -> None:
         )
     device = own_device()
     _note_worker(folder)
-    note = noter(folder / PROGRESS, config) if not dist.is_initialized() or dist.get_rank() == 0 else _ignore
+    first = not dist.is_initialized() or dist.get_rank() == 0
     # a restart has another coordinator, hence other servers: rounds of a dead group never mix with its own
     job = f"gradients-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
     pretrain(
-        config, corpus, folder, data_digest=data_digest, device=device, on_step=note,
+        config, corpus, folder, data_digest=data_digest, device=device,
+        callbacks=[ProgressNotes(folder / PROGRESS, config)] if first else [],
         make_server=lambda mesh: ParameterServer(mesh, job, config.cluster.timeout_s),
     )  # fmt: skip
 
 
-def noter(file: Path, config: MoEConfig) -> Callable[[StepReport], None]:
-    """Appends one JSON line a step: figures of the step, tokens a second, processes of the mesh."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    last = time.perf_counter()
+class ProgressNotes(Callback):
+    """Appends one JSON line a step: its figures, tokens a second, processes of the mesh, the time.
 
-    def note(report: StepReport) -> None:
-        nonlocal last
+    Args:
+        file: to append to.
+        config: on the mesh that trains.
+    """
+
+    def __init__(self, file: Path, config: MoEConfig) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.config, self._last = file, config, time.perf_counter()
+
+    def after_step(self, report: StepReport) -> None:
+        """Write the line."""
         now = time.perf_counter()
-        tokens = config.step.batch_size * config.corpus.seq_len
+        tokens = self.config.step.batch_size * self.config.corpus.seq_len
         shares = [min(counts) / sum(counts) for counts in report.load.values()]
         line = {
             "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
-            "min_expert_load": min(shares, default=None), "tokens_per_s": tokens / (now - last),
-            "world_size": config.parallel.world, "time": time.time(),
+            "min_expert_load": min(shares, default=None), "tokens_per_s": tokens / (now - self._last),
+            "world_size": self.config.parallel.world, "time": time.time(),
         }  # fmt: skip
-        last = now
-        with file.open("a", encoding="utf-8") as stream:
+        self._last = now
+        with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-
-    return note
 
 
 def _note_worker(folder: Path) -> None:
@@ -117,7 +123,3 @@ def _free_address() -> str:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"
-
-
-def _ignore(_: StepReport) -> None:
-    pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from deepseek_ray.errors import ConfigError
 from deepseek_ray.parallel.apply import SpreadModel
 from deepseek_ray.parallel.exchange import GradientExchange, TopK
 from deepseek_ray.parallel.mesh import Mesh
-from deepseek_ray.train.mesh_checkpoint import CheckpointWriter, load_newest
+from deepseek_ray.train.callbacks import Callback
+from deepseek_ray.train.mesh_checkpoint import CheckpointWriter, import_pretrained, load_newest
 from deepseek_ray.train.precision import precision_of
-from deepseek_ray.train.pretrain_step import Stepper, StepReport
+from deepseek_ray.train.pretrain_step import Stepper
 
 _FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "recompute"}
-OnStep = Callable[[StepReport], None]
 
 
 def own_device() -> torch.device:
@@ -65,7 +65,7 @@ def pretrain(
     *,
     data_digest: str,
     device: torch.device,
-    on_step: OnStep,
+    callbacks: Sequence[Callback] = (),
     make_server: MakeServer | None = None,
 ) -> int:
     """Train up to ``step.steps``, from the newest complete checkpoint on; returns the step it started with.
@@ -76,21 +76,24 @@ def pretrain(
         folder: of the checkpoints; storage that every process sees.
         data_digest: of the samples; a checkpoint of other data is not resumed.
         device: of this process.
-        on_step: called after every step, on every process.
+        callbacks: called between steps, after the schedule; every process has its own.
         make_server: connects to a parameter server, where the settings ask for one.
 
     Raises:
         CheckpointError: a checkpoint cannot be written, or the newest one holds another model.
     """
     stepper = make_stepper(config, samples, device, make_server)
+    stepper.callbacks += callbacks
     print_ = fingerprint(config, data_digest)
     settings = config.step
     start = load_newest(folder, print_, stepper.model, stepper.optimiser)
+    if not start and config.init_from:
+        import_pretrained(stepper.model, Path(config.init_from))
     writer = CheckpointWriter(
         folder, print_, keep=settings.keep_checkpoints, background=settings.background_checkpoints
     )
     for number in range(start, settings.steps):
-        on_step(stepper.step(number))
+        stepper.step(number)
         if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
             writer.save(number + 1, stepper.model, stepper.optimiser)
     writer.close()
@@ -102,7 +105,7 @@ def fingerprint(config: MoEConfig, data_digest: str) -> str:
     step = config.step.model_dump(exclude=_FREE)
     parts: dict[str, Any] = {
         "seed": config.seed, "backbone": config.backbone.model_dump(), "step": step,
-        "seq_len": config.corpus.seq_len, "data": data_digest,
+        "seq_len": config.corpus.seq_len, "data": data_digest, "init_from": config.init_from,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

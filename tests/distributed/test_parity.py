@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from deepseek_ray.config_moe import StepConfig
 from deepseek_ray.errors import ConfigError
 from deepseek_ray.parallel.mesh import check_mesh
 from deepseek_ray.presets_moe import load_moe_preset
-from deepseek_ray.train import pretrain_step
+from deepseek_ray.train import callbacks
 from deepseek_ray.train.parity import Parity, verification_config, verify_mesh
 from tests.distributed.meshes import AXES, COMBINATIONS, SCHEDULES, overrides
 
@@ -67,12 +69,12 @@ def test_every_kind_of_model_on_tensor_and_data_axes(settings: dict[str, object]
 
 
 def test_a_mesh_that_is_a_little_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = pretrain_step.learning_rate
+    honest = callbacks.learning_rate
 
-    def other_rate(step: int, settings: pretrain_step.StepConfig) -> float:
-        return honest(step, settings) * (1 + 1e-6 * pretrain_step.dist.is_initialized())
+    def other_rate(step: int, settings: StepConfig) -> float:
+        return honest(step, settings) * (1 + 1e-6 * torch.distributed.is_initialized())
 
-    monkeypatch.setattr(pretrain_step, "learning_rate", other_rate)
+    monkeypatch.setattr(callbacks, "learning_rate", other_rate)
     assert not compare("dp_shard=2").passed
 
 

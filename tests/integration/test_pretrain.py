@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
+LATER_KILLS = (2, 4, 5, 9, 11, 13, 14, 16, 18)
+
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
