@@ -68,7 +68,8 @@ class Stepper:
     def update(self, number: int, loss: float) -> StepReport:
         """Clip the gradients of step ``number``, move the weights by them, balance the experts."""
         settings = self.config.step
-        if self.exchange is not None:
+        finite = self._finite()  # first: what overflowed must not stay in an exchange
+        if self.exchange is not None and finite:
             last = (number + 1) % settings.checkpoint_every == 0  # a checkpoint must hold all there is
             self.exchange.sum_gradients(list(self.model.named_parameters()), flush=last)
         for callback in self.callbacks:
