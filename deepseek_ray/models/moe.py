@@ -18,6 +18,9 @@ from deepseek_ray.models.layers import SwiGLU, local
 from deepseek_ray.models.recompute import recomputed
 from deepseek_ray.models.router import Router
 
+FEW_PAIRS = 16
+"""Up to here copying the chosen experts' weights is cheaper than sorting the pairs: single decisions."""
+
 Exchange: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]
 """(x_SD sorted by expert, count_E) -> (x_sD sorted by local expert, count_e, the way back for y_sD -> y_SD)."""
 
@@ -43,6 +46,9 @@ class MoE(nn.Module):
         """(T, D) or (sequences, positions, D) -> the same shape."""
         x_TD = x.flatten(0, -2)
         gate_TK, expert_TK = self.router(x_TD, num_sequences=len(x) if x.ndim == 3 else 0)
+        if expert_TK.numel() <= FEW_PAIRS and self.exchange is None and not torch.is_grad_enabled():
+            y = self.experts.each(x_TD, gate_TK, expert_TK).view_as(x)
+            return y if self.shared is None else y + self.shared(x)
         slot_S = expert_TK.flatten()
         order_S = slot_S.argsort(stable=True)
         token_S = order_S // self.router.top_k
@@ -76,6 +82,13 @@ class Experts(nn.Module):
         up_s2I = grouped_matmul(x_sD, local(self.up_ED2I).flatten(2), count_e)
         down_eID = local(self.down_EID)
         return recomputed(_gated, up_s2I, down_eID, count_e) if self.recompute else _gated(up_s2I, down_eID, count_e)
+
+    def each(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        """The gated sum (T, D) of each token's experts, pair by pair, without sorting: for a few tokens."""
+        up_TK2I = (x_TD[:, None, None] @ local(self.up_ED2I).flatten(2)[expert_TK]).squeeze(2)
+        gate_TKI, value_TKI = up_TK2I.chunk(2, dim=-1)
+        y_TKD = ((F.silu(gate_TKI) * value_TKI).unsqueeze(2) @ local(self.down_EID)[expert_TK]).squeeze(2)
+        return (y_TKD * gate_TK.unsqueeze(-1)).sum(1)
 
 
 def _gated(up_s2I: Tensor, down_eID: Tensor, count_e: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class RiskModel(nn.Module):
         with torch.no_grad():
             self.linear.bias.fill_(math.log(rate / (1 - rate)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict_logits(self, features: NDArray[Any], sequence: NDArray[Any]) -> NDArray[np.float64]:
         """Uncalibrated log-odds (n,) of rows in numpy, in the model's own precision and in evaluation mode."""
         was_training = self.training

@@ -104,3 +104,12 @@ def test_grouped_matmul_equals_one_product_a_group() -> None:
     x_SD, w_EDI = torch.randn(7, 4), torch.randn(3, 4, 5)
     got = grouped_matmul(x_SD, w_EDI, torch.tensor([2, 0, 5]))
     torch.testing.assert_close(got, torch.cat([x_SD[:2] @ w_EDI[0], x_SD[2:] @ w_EDI[2]]))
+
+
+def test_a_few_tokens_take_the_short_way_to_the_same_answer() -> None:
+    for num_shared in (0, 1):
+        moe = make_moe(num_shared).eval()
+        for num_tokens in (0, 1, 8, 9):  # 8 tokens are the last to take it
+            x_TD = torch.randn(num_tokens, 8, dtype=torch.float64)
+            with torch.no_grad():
+                torch.testing.assert_close(moe(x_TD), plain(moe, x_TD) if num_tokens else x_TD, rtol=1e-12, atol=1e-14)
