@@ -7,15 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.backbone import Backbone
 from deepseek_ray.models.pretrained import piece_of, pieces_of, write
 from deepseek_ray.train import manifest
-from deepseek_ray.train.mesh_checkpoint import PREFIX
+from deepseek_ray.train.mesh_checkpoint import PREFIX, read_shards
 from deepseek_ray.train.pretrain_trainer import PretrainResult
 from deepseek_ray.train.pretraining import fingerprint
 
@@ -40,5 +38,5 @@ def _pieces(config: MoEConfig, checkpoint: Path) -> Iterator[tuple[str, dict[str
         wanted = {
             f"model.{name}": torch.empty(t.shape, dtype=dtype) for name, t in shapes.items() if piece_of(name) == piece
         }
-        load_shards(wanted, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        read_shards(wanted, checkpoint, alone=True)
         yield piece, {name.removeprefix("model."): tensor for name, tensor in wanted.items()}

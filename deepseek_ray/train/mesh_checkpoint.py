@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def load(path: Path, done: int, model: SpreadModel, optimiser: torch.optim.AdamW
     """
     tensors = tensors_of(model, optimiser)
     try:
-        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+        read_shards(tensors, path, alone=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"Checkpoint {str(path)!r} does not hold this model: {_reason(error)}.",
@@ -160,7 +161,20 @@ def import_pretrained(model: SpreadModel, folder: Path) -> None:
     names = dict(model.named_parameters())
     wanted = {name: weight.detach() for name, weight in names.items()}
     wanted |= {f"layers.{number}.feed.router.bias_E": router.bias_E for number, router in model.routers().items()}
-    load_shards(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+    read_shards(wanted, folder, alone=not dist.is_initialized())
+
+
+def read_shards(tensors: dict[str, Tensor], folder: Path, *, alone: bool) -> None:
+    """Fill tensors, or this process's shards of them, from safetensors files by name.
+
+    Args:
+        tensors: to be overwritten.
+        folder: a checkpoint, or a pretrained model.
+        alone: only this process reads; else all of the process group do.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
+        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def _is_first() -> bool:
