@@ -108,7 +108,8 @@ def grouped_matmul(x_SD: Tensor, w_EDI: Tensor, count_E: Tensor) -> Tensor:
         return F.grouped_mm(x_SD, w_EDI, offs=count_E.cumsum(0).to(torch.int32))
     rows = torch.split(x_SD, count_E.tolist())
     # Empty groups take part in training, so that every parameter gets a gradient on every worker.
-    return torch.cat([part @ w_EDI[e] for e, part in enumerate(rows) if len(part) or torch.is_grad_enabled()])
+    # The first one always does, so that no rows at all give no rows.
+    return torch.cat([part @ w_EDI[e] for e, part in enumerate(rows) if not e or len(part) or torch.is_grad_enabled()])
 
 
 def _grouped_is_legal(x_SD: Tensor, w_EDI: Tensor) -> bool:
