@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -90,10 +91,14 @@ def _child(
             "gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
-        pipe.send((True, work(*arguments)))
+        _send(pipe, True, work(*arguments))
         dist.barrier()  # nobody leaves while others still need its connections
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
     finally:
         pipe.close()
         os._exit(0)  # inherited state must not be torn down twice
+
+
+def _send(pipe: Connection, done: bool, value: Any) -> None:
+    pipe.send_bytes(pickle.dumps((done, value)))  # by value: Connection.send would share tensors that end with us
