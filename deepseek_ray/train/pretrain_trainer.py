@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,14 +132,14 @@ def _following(file: Path, steps: int, on_lines: OnLines | None) -> Iterator[Non
     """A bar over the steps, advanced by the lines that the first worker writes."""
     done = threading.Event()
     known = len(read_progress(file))
-    with tqdm(total=steps, initial=min(known, steps), desc="train", unit="step") as bar:
-        follower = threading.Thread(target=_follow, args=(file, bar, on_lines, done), daemon=True)
-        follower.start()
+    bar = tqdm(total=steps, initial=min(known, steps), desc="train", unit="step")
+    with bar, ThreadPoolExecutor(1, thread_name_prefix="progress") as pool:
+        follower = pool.submit(_follow, file, bar, on_lines, done)
         try:
             yield
         finally:
             done.set()
-            follower.join()
+        follower.result()  # what on_lines raised
 
 
 def _follow(file: Path, bar: Any, on_lines: OnLines | None, done: threading.Event) -> None:

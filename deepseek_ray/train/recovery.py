@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deepseek_ray.config_moe import MoEConfig
-from deepseek_ray.errors import ConfigError
+from deepseek_ray.errors import ConfigError, EnvironmentProblemError
 from deepseek_ray.train.pretrain_trainer import pretrain_on_ray
 from deepseek_ray.train.pretrain_worker import PROGRESS, WORKERS
 
@@ -68,6 +68,7 @@ def verify_recovery(config: MoEConfig, folder: Path, *, kill_at: int, signal: in
 
     Raises:
         ConfigError: there is no worker process, or the run is over before the kill.
+        EnvironmentProblemError: the worker did not die of the signal.
     """
     if config.parallel.world < 2 or not 0 < kill_at < config.step.steps:
         raise ConfigError(
@@ -77,7 +78,10 @@ def verify_recovery(config: MoEConfig, folder: Path, *, kill_at: int, signal: in
     calm = pretrain_on_ray(config, folder / "undisturbed")
     killer = _Killer(folder / "disturbed", kill_at, signal, random.Random(config.seed + kill_at))
     disturbed = pretrain_on_ray(config, folder / "disturbed", on_lines=killer)
-    assert killer.at is not None, "the run ended before its worker did"
+    if killer.at is None or len(_workers(folder / "disturbed")) <= config.parallel.world:
+        raise EnvironmentProblemError(
+            f"No worker group was started again after --kill-at {kill_at}.", fix="kill earlier, or with signal KILL"
+        )
     before, after = _around(folder / "disturbed" / PROGRESS, killer.at)
     return Recovery(
         killer.rank, before["step"], after["step"], after["time"] - killer.at, config.step.checkpoint_every,
@@ -96,12 +100,20 @@ class _Killer:
     def __call__(self, lines: list[dict[str, Any]]) -> None:
         if self.at is not None or lines[-1]["step"] + 1 < self.kill_at:
             return
-        workers = [json.loads(line) for line in (self.folder / WORKERS).read_text(encoding="utf-8").splitlines()]
-        victim = self.draw.choice(workers)
+        victim = self.draw.choice(_workers(self.folder))
         self.rank, self.at = victim["rank"], time.time()
         place = NodeAffinitySchedulingStrategy(victim["node"], soft=False)
-        kill = ray.remote(num_cpus=0, scheduling_strategy=place)(os.kill)
+        kill = ray.remote(num_cpus=0, scheduling_strategy=place)(_kill)
         ray.get(kill.remote(victim["pid"], self.signal))
+
+
+def _kill(process: int, number: int) -> None:
+    os.kill(process, number)
+
+
+def _workers(folder: Path) -> list[dict[str, Any]]:
+    """All that ever started, in this order."""
+    return [json.loads(line) for line in (folder / WORKERS).read_text(encoding="utf-8").splitlines()]
 
 
 def _around(progress: Path, moment: float) -> tuple[dict[str, Any], dict[str, Any]]:
