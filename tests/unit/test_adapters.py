@@ -28,10 +28,10 @@ def test_each_event_is_mapped_on_its_own() -> None:
 
 def test_patches_come_in_raster_order_with_channels_first() -> None:
     size, adapter = 2, PatchAdapter(3, 2, 5).double()
-    voxel_BCZYX = torch.randn(2, 3, 4, 2, 6, dtype=torch.float64)
+    voxel_BCZYX = torch.randn(2, 3, 8, 4, 6, dtype=torch.float64)
     rows = []
-    for z in range(0, 4, size):
-        for y in range(0, 2, size):
+    for z in range(0, 8, size):
+        for y in range(0, 4, size):
             for x in range(0, 6, size):
                 patch_BU = voxel_BCZYX[:, :, z : z + size, y : y + size, x : x + size].reshape(2, -1)
                 rows.append(patch_BU @ adapter.project.weight_OD.T)

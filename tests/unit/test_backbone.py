@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepseek_ray.config_moe import BackboneConfig
 from deepseek_ray.data.samples import RandomSamples
 from deepseek_ray.models.backbone import Backbone, init_weights
-from deepseek_ray.models.dropout import sample_keys
+from deepseek_ray.models.dropout import dropout, sample_keys
 from deepseek_ray.models.recompute import Recompute
 
 SMALL: dict[str, Any] = {
@@ -111,6 +111,18 @@ def test_dropout_acts_in_training_only_and_asks_for_keys() -> None:
     key_B = sample_keys(0, 0, torch.arange(4))
     assert not torch.equal(model(x, key_B), still(x))
     assert torch.equal(model.eval()(x), still(x))
+
+
+def test_both_places_of_a_block_have_masks_of_their_own_and_a_shard_of_the_sequence_has_its_part() -> None:
+    block, key_B = make(dropout=0.5).layers["1"], sample_keys(0, 0, torch.arange(2))
+    for name, _ in list(block.named_children()):
+        setattr(block, name, torch.nn.Identity())
+    x_BSD = torch.randn(2, 6, 12, dtype=torch.float64)
+    h_BSD = x_BSD + dropout(x_BSD, 0.5, key_B, 2)
+    wanted_BSD = h_BSD + dropout(h_BSD, 0.5, key_B, 3)
+    assert torch.equal(block(x_BSD, key_B), wanted_BSD)
+    block.shard = 1
+    assert torch.equal(block(x_BSD[:, 3:], key_B), wanted_BSD[:, 3:])
 
 
 def trained(mode: Recompute) -> Backbone:
