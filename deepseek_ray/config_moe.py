@@ -158,4 +158,7 @@ class MoEConfig(Section):
     def _check(self) -> MoEConfig:
         if self.corpus.seq_len > self.backbone.max_seq_len:
             raise ValueError(f"corpus.seq_len = {self.corpus.seq_len} > max_seq_len = {self.backbone.max_seq_len}")
+        edge = round(self.corpus.seq_len ** (1 / 3))
+        if self.backbone.adapter == "patches" and edge**3 != self.corpus.seq_len:
+            raise ValueError(f"corpus.seq_len = {self.corpus.seq_len} patches fill no cube: {edge**3} do")
         return self

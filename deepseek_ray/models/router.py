@@ -84,7 +84,8 @@ class Router(nn.Module):
         """The weighted sum over tokens of both losses.
 
         Sequence-wise: for each sequence sum_E f_E P_E, f the experts' share of its choices times E, P the mean of its
-        normalised scores; it counts once a token.
+        normalised scores; it counts once a token. The choices are those made, bias included; DeepSeek-V3 counts the
+        choices there would be without it.
         """
         length = len(logit_TE) // num_sequences
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
