@@ -29,23 +29,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 
 # Inside the library: what each part may import, besides itself. Parts are sub-packages or modules of the root.
-BASE = {"errors", "logs", "paths", "config", "presets", "settings", "sqlite"}
+BASE = {"errors", "logs", "paths", "config", "config_moe", "presets", "settings", "sqlite"}
 LIBRARY_ORDER: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "logs": set(),
     "config": {"errors"},
+    "config_moe": {"config"},
     "paths": {"errors"},
     "cluster": set(),
     "presets": {"config", "errors"},
+    "presets_moe": {"config", "config_moe", "errors"},
     "sqlite": set(),
     "settings": {"presets", "config", "paths", "logs", "errors"},
     "metrics": {"errors"},
     "kernels": set(),
     "data": {"cluster", "metrics", *BASE},
     "registry": {"models", "data.evidence", "data.events", "metrics", *BASE},
-    "models": {"kernels", "errors", "logs", "config", "data.events"},
-    "parallel": {"models", "errors", "logs", "config"},
+    "models": {"kernels", "errors", "logs", "config", "config_moe", "data.events"},
+    "parallel": {"models", "errors", "logs", "config", "config_moe"},
     "train": {"cluster", "parallel", "models", "data", "registry", "metrics", *BASE},
     "online": {"models", "train.step", "train.optimiser", "client", "data", "registry", "metrics", *BASE},
     "serving": {"models", "data", "registry", "online", "metrics", *BASE},
@@ -54,6 +56,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "report": {"data", "registry", "metrics", *BASE},
     "cli": BASE,
     "doctor": {"cli", *BASE},
+    "verify": {"presets_moe", "parallel", "train", *BASE},
     "commands": {"cli", "lineage", "report", "registry", "data", "online", "metrics", *BASE},
 }
 
@@ -62,7 +65,7 @@ DOORS: dict[str, str] = {
     "mlflow": rf"{LIBRARY}/(registry\.py|registry/.*)",
     "feast": rf"({LIBRARY}/data/feature_client\.py|features/.*)",
     "ray.data": rf"{LIBRARY}/data/ray_engine\.py",
-    "ray.train": rf"{LIBRARY}/train/(worker|trainer)\.py",
+    "ray.train": rf"{LIBRARY}/train/(pretrain_)?(worker|trainer)\.py",
     "ray.serve": r"serve_apps/.*",
     "ray.tune": r"(tune_spaces/.*|pipelines/[^/]+/tune\.py)",
     "triton": r"kernels/.*",
