@@ -96,10 +96,13 @@ def evaluate(config: MoEConfig, machine: Machine, *, bytes_each: int = 2) -> Pla
     degrees, dense = config.parallel, whole - expert
     sharded = dense / (degrees.tp * degrees.dp_shard) + expert / (degrees.tp * degrees.dp_shard)
     gathered = dense / degrees.tp + expert / (degrees.tp * degrees.ep)
-    # computing needs gathered weights: of one layer, or of the stage where they are kept for all micro-batches
+    # computing needs gathered weights: of one layer, or of the stage where they are kept for all micro-batches; alone
+    # there is nothing to gather, but low precision takes a copy
     layers = config.backbone.num_layers / degrees.pp
-    kept = gathered * (1 if degrees.pp > 1 else 2 / layers) * bytes_each
-    accumulated = gathered * bytes_each if num_micro_batches(config) > 1 else gathered / layers * bytes_each
+    kept = gathered * (1 if degrees.pp > 1 else min(1, 2 / layers)) * bytes_each
+    accumulated = gathered * master / (1 if num_micro_batches(config) > 1 else layers)
+    if degrees.world == 1:
+        kept, accumulated = whole * bytes_each * (bytes_each < master), 0.0
     bubble, traffic = bubble_share(config), _traffic_s(config, machine, bytes_each)
     tokens = config.step.batch_size * config.corpus.seq_len
     flops = flops_per_token(config.backbone, config.corpus.seq_len, recompute=config.step.recompute == "full") * tokens
@@ -115,8 +118,9 @@ def bubble_share(config: MoEConfig) -> float:
 
     With p processes, v stages on each and m micro-batches a process is busy for 3m; it waits 3(p - 1) in GPipe and 1F1B
     (Narayanan et al. 2021, arXiv:2104.04473), 1/v of that interleaved, a third of that when weight gradients fill the
-    gap (Qi et al. 2023, arXiv:2401.10241), not at all in ZBV once m >= 2p (arXiv:2405.15362), and p/2 - 1 times a
-    forward and two backward passes less three weight gradients in DualPipeV (arXiv:2412.19437).
+    gap (Qi et al. 2023, arXiv:2401.10241), not at all in ZBV once m >= 2p (arXiv:2405.15362). In DualPipeV it is p - 1
+    times a forward and two backward passes less three weight gradients, each of half a process's layers: DualPipe's
+    figure (arXiv:2412.19437, table 2) for 2p stages.
     """
     processes, batches = config.parallel.pp, num_micro_batches(config)
     if processes == 1:
@@ -133,21 +137,26 @@ def bubble_share(config: MoEConfig) -> float:
 
 
 def activation_bytes(config: MoEConfig, bytes_each: int) -> float:
-    """Activations that wait for the backward pass on the process that holds most.
+    """Activations on the process that holds most, when its backward pass begins.
 
     The pipeline's first process holds p micro-batches of its stages in 1F1B and its kin, all of them in GPipe and
-    LoopedBFS.
+    LoopedBFS. To them come the head's logarithms of probabilities with their gradient, in float32, and, with full
+    recomputation, one layer that is computed again.
     """
     degrees, shape = config.parallel, config.backbone
     tokens = config.step.micro_batch_size * config.corpus.seq_len
-    per_layer = [_layer_bytes(config, number, bytes_each) for number in range(shape.num_layers)]
-    stages = [sum(per_layer[number] for number in numbers) for numbers in _stage_layers(config)]
-    ranks = [sum(stages[stage] for stage in stages_of(degrees, rank)) for rank in range(degrees.pp)]
-    head = (3 * shape.d_model + 2 * shape.vocab_size * 4 / bytes_each) / degrees.tp * bytes_each * tokens
-    if degrees.pp == 1:
-        return tokens * ranks[0] + head
+    numbers = range(shape.num_layers)
+    per_layer = [_layer_bytes(config, number, bytes_each) for number in numbers]
+    stages = [sum(per_layer[number] for number in part) for part in _stage_layers(config)]
+    held = max(sum(stages[stage] for stage in stages_of(degrees, rank)) for rank in range(degrees.pp))
     flight = num_micro_batches(config) if degrees.schedule in ("GPipe", "LoopedBFS") else degrees.pp
-    return tokens * max(ranks) * min(flight, num_micro_batches(config)) + head
+    copies = min(flight, num_micro_batches(config)) if degrees.pp > 1 else 1
+    again = 0.0
+    if config.step.recompute == "full":
+        plain = config.model_copy(update={"step": config.step.model_copy(update={"recompute": "none"})})
+        again = max(_layer_bytes(plain, number, bytes_each) for number in numbers)
+    head = (3 * shape.d_model * bytes_each + 2 * 4 * shape.vocab_size) / degrees.tp
+    return tokens * (held * copies + again + head)
 
 
 def _layer_bytes(config: MoEConfig, number: int, bytes_each: int) -> float:

@@ -79,9 +79,12 @@ def folders(folder: Path, prefix: str) -> list[Path]:
 
 
 def prune(folder: Path, prefix: str, keep: int) -> None:
-    """Drop all but the ``keep`` newest."""
-    for old in folders(folder, prefix)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Drop all but the ``keep`` newest that were committed; torn ones too, nobody writes any more."""
+    found = folders(folder, prefix)
+    kept = [path for path in found if (path / MANIFEST).is_file()][:keep]
+    for old in found:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +95,29 @@ class CheckpointWriter:
     def _guarded(self, done: int, tensors: dict[str, Tensor]) -> None:
         try:
             self._write(done, tensors)
-        except (OSError, CheckpointException, RuntimeError) as error:  # raised again by close()
+        except (Exception, CheckpointException) as error:  # raised again by close(); the second is a BaseException
             self._error = error
+            if _is_first():
+                shutil.rmtree(self._place(done), ignore_errors=True)  # half of it helps nobody and takes the space
 
     def _write(self, done: int, tensors: dict[str, Tensor]) -> None:
-        target = self.folder / f"{PREFIX}-{done:06d}"
+        target = self._place(done)
         first = self._group is None or dist.get_rank() == 0
         if first:
             shutil.rmtree(target, ignore_errors=True)  # a torn one from before a crash
             target.mkdir(parents=True)
         self._barrier()
         writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
-        save_shards(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        with _quiet_alone():
+            save_shards(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         self._barrier()
         if first:
             manifest.commit(target, {"step": done, "notes": {"fingerprint": self.fingerprint}})
             manifest.prune(self.folder, PREFIX, self.keep)
         self._barrier()
+
+    def _place(self, done: int) -> Path:
+        return self.folder / f"{PREFIX}-{done:06d}"
 
     def _barrier(self) -> None:
         if self._group is not None:
@@ -172,9 +180,15 @@ def read_shards(tensors: dict[str, Tensor], folder: Path, *, alone: bool) -> Non
         folder: a checkpoint, or a pretrained model.
         alone: only this process reads; else all of the process group do.
     """
+    with _quiet_alone():
+        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
-        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        yield
 
 
 def _is_first() -> bool:
