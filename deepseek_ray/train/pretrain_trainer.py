@@ -23,7 +23,7 @@ from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.data.corpus import VOCAB_SIZE, Corpus
 from deepseek_ray.parallel.mesh import check_mesh
-from deepseek_ray.train.pretrain_worker import PROGRESS, pretrain_loop, run_here
+from deepseek_ray.train.pretrain_worker import PROGRESS, Fault, pretrain_loop, run_here
 from deepseek_ray.train.pretraining import check_vocabulary
 from deepseek_ray.train.trainer import TRAIN_ENVIRONMENT, worker_environment
 
@@ -50,13 +50,16 @@ class PretrainResult:
     wall_s: float
 
 
-def pretrain_on_ray(config: MoEConfig, folder: Path, *, on_lines: OnLines | None = None) -> PretrainResult:
+def pretrain_on_ray(
+    config: MoEConfig, folder: Path, *, on_lines: OnLines | None = None, fault: Fault | None = None
+) -> PretrainResult:
     """Train to ``step.steps``; run again, it goes on where it stopped. One process alone trains without Ray.
 
     Args:
         config: everything.
         folder: of checkpoints and progress; on a cluster, storage that every node sees.
         on_lines: called with the new progress lines now and then.
+        fault: the end of a worker, to see what becomes of the run.
 
     Raises:
         ConfigError: the mesh, the batch or the vocabulary does not fit.
@@ -73,7 +76,7 @@ def pretrain_on_ray(config: MoEConfig, folder: Path, *, on_lines: OnLines | None
             torch.set_num_threads(max(config.cluster.threads_per_worker, os.cpu_count() or 1))
             run_here(config, folder, digest)
         else:
-            settings = {"config": config.model_dump(), "folder": str(folder), "data_digest": digest}
+            settings = {"config": config.model_dump(), "folder": str(folder), "data_digest": digest, "fault": fault}
             run_on_ray(config, pretrain_loop, settings, folder / "ray")
     lines = read_progress(folder / PROGRESS)
     first, last = lines[0]["loss"], lines[config.step.steps - 1]["loss"]

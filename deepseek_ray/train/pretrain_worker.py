@@ -6,11 +6,11 @@ import json
 import os
 import socket
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from torch import distributed as dist
 
@@ -23,14 +23,14 @@ from deepseek_ray.train.parameter_server import ParameterServer
 from deepseek_ray.train.pretrain_step import StepReport
 from deepseek_ray.train.pretraining import own_device, pretrain
 
-PROGRESS, WORKERS = "progress.jsonl", "workers.jsonl"
+PROGRESS, WORKERS, FAULT = "progress.jsonl", "workers.jsonl", "fault"
 
 
 def pretrain_loop(settings: dict[str, Any]) -> None:
     """Train on the largest mesh that the workers of this start make; the spare ones leave at once.
 
     Args:
-        settings: ``config`` (plain), ``folder``, ``data_digest``.
+        settings: ``config`` (plain), ``folder``, ``data_digest``, and ``fault``, a Fault or None.
 
     Raises:
         DataError: this node's corpus is not the driver's.
@@ -39,10 +39,19 @@ def pretrain_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.cluster.threads_per_worker)
     if _leave_spares(config):
         return
-    run_here(config, Path(settings["folder"]), settings["data_digest"])
+    run_here(config, Path(settings["folder"]), settings["data_digest"], settings["fault"])
 
 
-def run_here(config: MoEConfig, folder: Path, data_digest: str) -> None:
+@dataclass(frozen=True)
+class Fault:
+    """A worker that ends itself once, for ``deepseek-ray verify recovery``."""
+
+    rank: int
+    after_step: int
+    signal: int
+
+
+def run_here(config: MoEConfig, folder: Path, data_digest: str, fault: Fault | None = None) -> None:
     """Train in this process, which is one of the mesh or all of it; the first one notes the progress.
 
     Raises:
@@ -56,12 +65,15 @@ def run_here(config: MoEConfig, folder: Path, data_digest: str) -> None:
         )
     device = own_device()
     _note_worker(folder)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    callbacks: list[Callback] = [ProgressNotes(folder / PROGRESS, config)] if rank == 0 else []
+    if fault is not None and fault.rank == rank:
+        callbacks.append(_Dies(fault, folder / FAULT))
     # a restart has another coordinator, hence other servers: rounds of a dead group never mix with its own
     job = f"gradients-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
     pretrain(
         config, corpus, folder, data_digest=data_digest, device=device,
-        callbacks=[ProgressNotes(folder / PROGRESS, config)] if first else [],
+        callbacks=callbacks,
         make_server=lambda mesh: ParameterServer(mesh, job, config.cluster.timeout_s),
     )  # fmt: skip
 
@@ -76,7 +88,7 @@ class ProgressNotes(Callback):
 
     def __init__(self, file: Path, config: MoEConfig) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.config, self._last = file, config, time.perf_counter()
+        self.file, self.config, self._last, self._started = file, config, time.perf_counter(), time.time()
 
     def after_step(self, report: StepReport) -> None:
         """Write the line."""
@@ -86,17 +98,29 @@ class ProgressNotes(Callback):
         line = {
             "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr,
             "min_expert_load": min(shares, default=None), "tokens_per_s": tokens / (now - self._last),
-            "world_size": self.config.parallel.world, "time": time.time(),
+            "world_size": self.config.parallel.world, "time": time.time(), "group_started": self._started,
         }  # fmt: skip
         self._last = now
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
 
+class _Dies(Callback):
+    """Ends this process after a step, unless it did so before."""
+
+    def __init__(self, fault: Fault, note: Path) -> None:
+        self.fault, self.note = fault, note
+
+    def after_step(self, report: StepReport) -> None:
+        """Note the time, and send the signal."""
+        if report.step == self.fault.after_step and not self.note.exists():
+            self.note.write_text(str(time.time()), encoding="utf-8")
+            os.kill(os.getpid(), self.fault.signal)
+
+
 def _note_worker(folder: Path) -> None:
-    """Say where this process runs, for whoever wants to look at it, or to end it."""
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    place = {"rank": dist.get_rank() if dist.is_initialized() else 0, "pid": os.getpid(), "node": node}
+    """Say which process this is, for whoever wants to look at it."""
+    place = {"rank": dist.get_rank() if dist.is_initialized() else 0, "pid": os.getpid(), "host": socket.gethostname()}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / WORKERS).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(place) + "\n")

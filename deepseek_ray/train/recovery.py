@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import random
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError
 from deepseek_ray.train.pretrain_trainer import pretrain_on_ray
-from deepseek_ray.train.pretrain_worker import PROGRESS, WORKERS
+from deepseek_ray.train.pretrain_worker import FAULT, PROGRESS, WORKERS, Fault
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Recovery:
 
 
 def verify_recovery(config: MoEConfig, folder: Path, *, kill_at: int, signal: int) -> Recovery:
-    """Train twice on Ray Train, the second time with a worker ended once ``kill_at`` steps are done.
+    """Train twice on Ray Train; the second time a worker that the seed draws ends itself after ``kill_at`` steps.
 
     Args:
         config: everything; the mesh has at least two processes.
@@ -76,51 +70,29 @@ def verify_recovery(config: MoEConfig, folder: Path, *, kill_at: int, signal: in
             fix="take a mesh of two or more and a step before the last",
         )
     calm = pretrain_on_ray(config, folder / "undisturbed")
-    killer = _Killer(folder / "disturbed", kill_at, signal, random.Random(config.seed + kill_at))
-    disturbed = pretrain_on_ray(config, folder / "disturbed", on_lines=killer)
-    if killer.at is None or len(_workers(folder / "disturbed")) <= config.parallel.world:
+    rank = random.Random(config.seed + kill_at).randrange(config.parallel.world)
+    fault = Fault(rank=rank, after_step=kill_at - 1, signal=signal)
+    disturbed = pretrain_on_ray(config, folder / "disturbed", fault=fault)
+    died = folder / "disturbed" / FAULT
+    if not died.exists() or len(_workers(folder / "disturbed")) <= config.parallel.world:
         raise EnvironmentProblemError(
-            f"No worker group was started again after --kill-at {kill_at}.", fix="kill earlier, or with signal KILL"
+            f"No worker group was started again after --kill-at {kill_at}.", fix="take a signal that ends a process"
         )
-    before, after = _around(folder / "disturbed" / PROGRESS, killer.at)
+    moment = float(died.read_text(encoding="utf-8"))
+    after = _first_after(folder / "disturbed" / PROGRESS, moment)
     return Recovery(
-        killer.rank, before["step"], after["step"], after["time"] - killer.at, config.step.checkpoint_every,
+        rank, kill_at - 1, after["step"], after["time"] - moment, config.step.checkpoint_every,
         disturbed.last_loss, abs(disturbed.last_loss - calm.last_loss),
     )  # fmt: skip
 
 
-class _Killer:
-    """Ends one worker when enough steps are done."""
-
-    def __init__(self, folder: Path, kill_at: int, signal: int, draw: random.Random) -> None:
-        self.folder, self.kill_at, self.signal, self.draw = folder, kill_at, signal, draw
-        self.rank = -1
-        self.at: float | None = None
-
-    def __call__(self, lines: list[dict[str, Any]]) -> None:
-        if self.at is not None or lines[-1]["step"] + 1 < self.kill_at:
-            return
-        victim = self.draw.choice(_workers(self.folder))
-        self.rank, self.at = victim["rank"], time.time()
-        place = NodeAffinitySchedulingStrategy(victim["node"], soft=False)
-        kill = ray.remote(num_cpus=0, scheduling_strategy=place)(_kill)
-        ray.get(kill.remote(victim["pid"], self.signal))
+def _workers(folder: Path) -> list[str]:
+    """All that ever started."""
+    return (folder / WORKERS).read_text(encoding="utf-8").splitlines()
 
 
-def _kill(process: int, number: int) -> None:
-    os.kill(process, number)
-
-
-def _workers(folder: Path) -> list[dict[str, Any]]:
-    """All that ever started, in this order."""
-    return [json.loads(line) for line in (folder / WORKERS).read_text(encoding="utf-8").splitlines()]
-
-
-def _around(progress: Path, moment: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last line of the group that was disturbed, and the first one of the group after it."""
+def _first_after(progress: Path, moment: float) -> dict[str, Any]:
+    """The first step of the group that went on."""
     lines = [json.loads(line) for line in progress.read_text(encoding="utf-8").splitlines()]
-    for before, after in itertools.pairwise(lines):
-        if after["time"] > moment and after["step"] != before["step"] + 1:
-            return before, after
-    late = next(i for i, line in enumerate(lines) if line["time"] > moment)  # it had just checkpointed: nothing lost
-    return lines[late - 1], lines[late]
+    later: dict[str, Any] = next(line for line in lines if line["group_started"] > moment)
+    return later
