@@ -63,12 +63,15 @@ def test_the_sum_does_not_depend_on_the_order_of_arrival() -> None:
     assert not np.array_equal(pushed[0] + pushed[1] + pushed[2], backwards), "the order must matter"
 
 
-def test_rounds_do_not_mix() -> None:
+def test_a_replica_that_reads_late_still_gets_its_round() -> None:
     server = ray.remote(num_cpus=0)(SumServer).options(max_concurrency=10).remote(2)
     one = np.ones(3)
-    early = [server.push.remote(round_, 0, one * 10**round_) for round_ in range(2)]  # one replica is a round ahead
-    late = [server.push.remote(round_, 1, one * 10**round_) for round_ in range(2)]
-    assert [answer.tolist() for answer in ray.get([*early, *late], timeout=30)] == [[2] * 3, [20] * 3] * 2
+    quick, slow = server.push.remote(0, 0, one), server.push.remote(0, 1, one)
+    assert ray.get(quick, timeout=30).tolist() == [2] * 3
+    ahead = server.push.remote(1, 0, 10 * one)
+    assert ray.get(slow, timeout=30).tolist() == [2] * 3
+    assert ray.get(server.push.remote(1, 1, 10 * one), timeout=30).tolist() == [20] * 3
+    assert ray.get(ahead, timeout=30).tolist() == [20] * 3
 
 
 def test_a_replica_that_stays_away_is_an_error() -> None:
