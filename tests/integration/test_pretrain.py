@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config_moe import MoEConfig
@@ -71,47 +68,3 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(kill_
     assert result.final_loss_diff == 0.0
     assert 0 <= result.steps_lost <= 3, result
     assert result.passed
-
-
-@pytest.mark.slow
-def test_a_mesh_shrinks_and_grows_with_the_cluster_and_the_run_stays_the_same(tmp_path: Path) -> None:
-    steps = ("step.steps=60", "step.checkpoint_every=2")
-    alone = pretrain_on_ray(make(*steps), tmp_path / "alone")
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    spare = nodes.add_node(num_cpus=2)
-    nodes.add_node(num_cpus=2)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    try:
-        elastic = ["parallel.tp=2", "parallel.dp_shard=2", "cluster.num_workers=5", "cluster.min_workers=2"]
-        config = make(*steps, *elastic, "cluster.resize_interval_s=5", "cluster.max_failures=10")
-        changer = threading.Thread(target=shrink_and_grow, args=(nodes, spare, tmp_path / "elastic" / PROGRESS))
-        changer.start()
-        result = pretrain_on_ray(config, tmp_path / "elastic")
-        changer.join()
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
-    raw = [json.loads(line) for line in (tmp_path / "elastic" / PROGRESS).read_text().splitlines()]
-    sizes = [line["world_size"] for line in raw]
-    changes = [size for at, size in enumerate(sizes) if at == 0 or sizes[at - 1] != size]
-    assert changes == [4, 2, 4]  # of 5, 3 and 5 workers
-    assert losses(tmp_path / "elastic") == pytest.approx(losses(tmp_path / "alone"), rel=1e-12)
-    assert result.last_loss == pytest.approx(alone.last_loss, rel=1e-12)
-
-
-def shrink_and_grow(nodes: Cluster, node: object, progress: Path) -> None:
-    """Take two processes away after eight steps, and give two back eight steps later."""
-    wait_for_step(progress, 8, world_size=4)
-    nodes.remove_node(node, allow_graceful=False)
-    wait_for_step(progress, 20, world_size=2)
-    nodes.add_node(num_cpus=2)
-
-
-def wait_for_step(progress: Path, step: int, world_size: int) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        newest = list(read_progress(progress).values())[-1:]
-        if newest and newest[0]["step"] >= step and newest[0]["world_size"] == world_size:
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"no step {step} on {world_size} processes")
