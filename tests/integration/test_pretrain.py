@@ -1,4 +1,4 @@
-"""Pretraining on Ray: resumed after a kill, resized with the cluster, always the same run."""
+"""Pretraining on Ray: resumed after a kill, always the same run."""
 
 from __future__ import annotations
 
