@@ -90,6 +90,7 @@ def make(exchange: str) -> MoEConfig:
     return load_moe_preset("debug_moe", overrides=settings)
 
 
+@pytest.mark.slow
 def test_training_by_a_server_is_training_by_all_reduce(tmp_path: Path) -> None:
     losses = {}
     for exchange in ("parameter_server", "all_reduce"):

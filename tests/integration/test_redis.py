@@ -60,6 +60,7 @@ def test_served_vectors_recompute_with_their_labels(redis: Store, tmp_path: Path
     assert (result.rows, result.num_differences) == (220 - warmed, 0)
 
 
+@pytest.mark.slow
 def test_a_password_comes_from_the_environment_and_stays_out_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

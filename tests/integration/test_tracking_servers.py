@@ -73,6 +73,7 @@ def test_a_version_lives_in_postgres_and_s3(tmp_path: Path, monkeypatch: pytest.
         assert not (tmp_path / "run" / "artifacts").exists() or not any((tmp_path / "run" / "artifacts").iterdir())
 
 
+@pytest.mark.slow
 def test_a_version_lives_on_an_mlflow_server(tmp_path: Path) -> None:
     with mlflow_server(tmp_path) as server:
         where = live_through(tmp_path, StoreConfig(tracking_uri=server.url))

@@ -92,6 +92,7 @@ def test_a_killed_worker_costs_no_epoch_that_was_saved(
     assert np.array_equal(score(result.model_dir), score(whole[1].model_dir))
 
 
+@pytest.mark.slow
 def test_a_tampered_checkpoint_is_skipped_and_an_older_one_used(
     whole: tuple[RunPaths, FitResult], dataset: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from tests.unit.risk_rows import make_rows
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("trials", ["1", "2"])
+@pytest.mark.parametrize("trials", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_too_little_time_is_named_with_its_fix(tmp_path: Path, trials: str) -> None:
     paths = RunPaths(tmp_path / "run").create()
     make_rows().save(paths.datasets / "train.safetensors")

@@ -33,6 +33,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tools / name).chmod(0o755)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("MAKEFLAGS", "")
+    monkeypatch.delenv("ARGS", raising=False)  # of a make that runs these tests
     return folder
 
 
