@@ -5,7 +5,6 @@ The config holds the sha256 of every file. Names are those of the whole model, w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 from deepseek_ray.config_moe import BackboneConfig
 from deepseek_ray.errors import ModelFormatError
 from deepseek_ray.models.backbone import Backbone
+from deepseek_ray.models.files import sha256_of
 
 FORMAT = "deepseek_ray.backbone/1"
 CONFIG_FILE = "config.json"
@@ -48,7 +48,7 @@ def write(config: BackboneConfig, pieces: Iterable[tuple[str, dict[str, Tensor]]
         draft = target / f".{file.name}.{os.getpid()}"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
         os.replace(draft, file)
-        digests[file.name] = _sha256(file)
+        digests[file.name] = sha256_of(file)
     description = {"format": FORMAT, "config": config.model_dump(), "files": digests}
     draft = target / f".{CONFIG_FILE}.{os.getpid()}"
     draft.write_text(json.dumps(description, indent=2, sort_keys=True), encoding="utf-8")
@@ -91,7 +91,7 @@ def check(folder: str | Path, shape: BackboneConfig) -> None:
         was, wanted = getattr(config, other[0]), getattr(shape, other[0])
         raise _bad(source, f"its {other[0]} is {was!r}, not {wanted!r}")
     for name, digest in files.items():
-        if not (source / name).is_file() or _sha256(source / name) != digest:
+        if not (source / name).is_file() or sha256_of(source / name) != digest:
             raise _bad(source, f"{name} is missing or its checksum is not the one in {CONFIG_FILE}")
 
 
@@ -124,7 +124,7 @@ def _read_config(folder: Path) -> tuple[BackboneConfig, dict[str, str]]:
 
 def _read_piece(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     file = folder / name
-    if not file.is_file() or _sha256(file) != digest:
+    if not file.is_file() or sha256_of(file) != digest:
         raise _bad(folder, f"{name} is missing or its checksum is not the one in {CONFIG_FILE}")
     try:
         return load_file(file)
@@ -134,8 +134,3 @@ def _read_piece(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
 
 def _bad(folder: Path, problem: str) -> ModelFormatError:
     return ModelFormatError(f"The model in {str(folder)!r} cannot be used: {problem}.", fix="fetch or train it again")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

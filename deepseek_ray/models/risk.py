@@ -25,6 +25,7 @@ from deepseek_ray.config import ModelConfig
 from deepseek_ray.errors import ModelFormatError
 from deepseek_ray.models.attention import TemporalAttention
 from deepseek_ray.models.events import SEQUENCE_CHANNELS, FeatureAdapter, SequenceAdapter
+from deepseek_ray.models.files import sha256_of
 from deepseek_ray.models.heads.calibration import PlattScaling
 from deepseek_ray.models.layers import RMSNorm, SwiGLU
 from deepseek_ray.models.moe import MoE
@@ -187,7 +188,7 @@ class RiskModel(nn.Module):
         }
         weights = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
         save_file(tensors, weights, metadata={"config_sha256": _digest(config)})
-        description = {"format": FORMAT, "config": config, "weights_sha256": _file_digest(weights)}
+        description = {"format": FORMAT, "config": config, "weights_sha256": sha256_of(weights)}
         os.replace(weights, folder / WEIGHTS_FILE)
         draft = folder / f".{CONFIG_FILE}.{os.getpid()}"
         draft.write_text(json.dumps(description, indent=2, sort_keys=True), encoding="utf-8")
@@ -261,11 +262,6 @@ def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _bad(folder: Path, problem: str) -> ModelFormatError:
     return ModelFormatError(f"The model in {str(folder)!r} cannot be used: {problem}.", fix="fetch or train it again")
 
@@ -280,7 +276,7 @@ def _read_config(folder: Path) -> RiskModelConfig:
     if found != FORMAT:
         raise _bad(folder, f"format {found!r} is not {FORMAT!r}")
     file = folder / WEIGHTS_FILE
-    if not file.is_file() or _file_digest(file) != weights:
+    if not file.is_file() or sha256_of(file) != weights:
         raise _bad(folder, f"{WEIGHTS_FILE} is missing or its checksum is not the one in {CONFIG_FILE}")
     return config
 

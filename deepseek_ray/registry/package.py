@@ -27,6 +27,7 @@ from deepseek_ray.data.evidence import VectorContract, schema_digest
 from deepseek_ray.errors import ModelFormatError
 from deepseek_ray.models import RiskModelConfig
 from deepseek_ray.models.events import SEQUENCE_CHANNELS
+from deepseek_ray.models.files import sha256_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -136,7 +137,7 @@ def write_package(model_dir: Path, target: Path, schema: InputSchema, probes: Pr
     if probes is not None:
         arrays = {name: np.ascontiguousarray(value, dtype=np.float64) for name, value in vars(probes).items()}
         save_file(arrays, target / PROBES)
-    files = {file.name: _sha256(file) for file in sorted(target.iterdir())}
+    files = {file.name: sha256_of(file) for file in sorted(target.iterdir())}
     manifest = {"format": 1, **asdict(schema), "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True)
     (target / MANIFEST).write_text(text, encoding="utf-8")
@@ -190,7 +191,7 @@ def _verify_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise _broken(file, "is missing")
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             raise _broken(file, "does not match its SHA-256")
 
 
@@ -229,11 +230,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise _broken(file, f"holds a {type(tree).__name__}")
     return tree
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _broken(file: Path, what: str) -> ModelFormatError:

@@ -6,7 +6,6 @@ This is our own commit: a report to Ray Train is none, because a crash right aft
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.logs import get_logger
+from deepseek_ray.models.files import sha256_of
 from deepseek_ray.paths import sync
 
 MANIFEST = "manifest.json"
@@ -27,7 +27,7 @@ def commit(target: Path, content: Mapping[str, Any]) -> None:
     names = sorted(path.name for path in target.iterdir() if path.name != MANIFEST)
     for name in names:
         sync(target / name)
-    files = {name: _sha256(target / name) for name in names}
+    files = {name: sha256_of(target / name) for name in names}
     draft = target / f".{MANIFEST}"
     draft.write_text(json.dumps({**content, "files": files}, indent=2, sort_keys=True), encoding="utf-8")
     sync(draft)
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        changed = [name for name, digest in content["files"].items() if _sha256(path / name) != digest]
+        changed = [name for name, digest in content["files"].items() if sha256_of(path / name) != digest]
         changed += sorted({file.name for file in path.iterdir()} - {MANIFEST, *content["files"]})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"Checkpoint {str(path)!r} is torn: {error}.", fix="use an older one") from error
@@ -85,8 +85,3 @@ def prune(folder: Path, prefix: str, keep: int) -> None:
     for old in found:
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

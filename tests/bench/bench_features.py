@@ -10,7 +10,6 @@ else the machine does hits both; the cluster is up and warm before the clock sta
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import tempfile
@@ -27,6 +26,7 @@ from deepseek_ray import cluster
 from deepseek_ray.config import DataConfig
 from deepseek_ray.data import batch_engine, engine, offline_store, ray_engine, transactions, windows
 from deepseek_ray.data.windows import VectorSpec
+from tests.bench.results import append
 
 DELAY_DAYS, SEQUENCE_LEN = 7, 16
 COLUMNS = (
@@ -48,7 +48,7 @@ def main() -> int:
             rows += _compare(source, windows.load().vector(vector), options.partitions, options.repeats)
     _print(rows)
     if options.out:
-        _write(rows, options.out)
+        append(rows, COLUMNS, options.out)
     return 0
 
 
@@ -100,15 +100,6 @@ def _print(rows: list[dict[str, object]]) -> None:
     print("  ".join(f"{name:>10}" for name in shown))
     for row in rows:
         print("  ".join(f"{row[name]!s:>10}" for name in shown))
-
-
-def _write(rows: list[dict[str, object]], out: Path) -> None:
-    fresh = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import os
 import platform
@@ -24,6 +23,8 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+
+from tests.bench.results import append
 
 COLUMNS = (
     "at",
@@ -150,12 +151,7 @@ def _print(rows: list[dict[str, object]]) -> None:
 
 
 def _write(rows: list[dict[str, object]], out: Path) -> None:
-    fresh = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(rows, COLUMNS, out)
     text = json.dumps({"http_p50_ms": rows[0]["p50_ms"], "http_p99_ms": rows[0]["p99_ms"], "rows": rows}, default=float)
     out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 

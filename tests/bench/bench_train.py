@@ -5,7 +5,6 @@
 * ``plain``: a torch loop that knows nothing of meshes, on the same model. ``ours``: our step in one process.
 * ``torchrun`` and ``ray``: the same two-process mesh under either launcher; seconds a step after the first few.
 * ``weak-N``: N processes with N times the batch; 1.0 would be perfect scaling.
-* On a GPU also ``kernels`` and ``grouped_mm``: tokens a second and MFU of layers shaped like Qwen3-30B-A3B.
 
 Rounds are interleaved, because machines are noisy; a ratio is the median of the rounds' ratios with their quartiles.
 """
@@ -13,7 +12,6 @@ Rounds are interleaved, because machines are noisy; a ratio is the median of the
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -38,6 +36,7 @@ from deepseek_ray.train.pretrain_trainer import pretrain_on_ray, read_progress
 from deepseek_ray.train.pretrain_worker import PROGRESS, run_here
 from deepseek_ray.train.pretraining import make_stepper
 from deepseek_ray.train.schedule import learning_rate
+from tests.bench.results import append
 
 COLUMNS = ("at", "case", "baseline", "ratio", "q1", "q3", "rounds", "seconds", "cpus", "load", "torch", "commit")
 WARM_UP = 3
@@ -51,7 +50,7 @@ def main() -> int:
     rows = [_one_process(options), *_launchers(options), *_weak_scaling(options)]
     _print(rows)
     if options.out:
-        _append(rows, options.out)
+        append(rows, COLUMNS, options.out)
     return 0
 
 
@@ -187,16 +186,6 @@ def _print(rows: list[dict[str, object]]) -> None:
     for row in rows:
         spread = f"{row['q1']} - {row['q3']}"
         print(f"{row['case']:12}{row['baseline']:12}{row['ratio']:>8}{spread:>18}{row['seconds']:>10}")
-
-
-def _append(rows: list[dict[str, object]], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = not target.exists()
-    with target.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,18 @@
+"""Figures of a benchmark, kept: rows are added to a CSV, never written over others."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def append(rows: Sequence[Mapping[str, object]], columns: Sequence[str], target: Path) -> None:
+    """Add rows to a CSV, with a header where the file is new."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not target.exists()
+    with target.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
