@@ -1,4 +1,4 @@
-"""Checkpoints of a spread model that any other mesh can load: weights, router biases, AdamW's moments, the step.
+"""Checkpoints of training that any other mesh can load: weights, router biases, AdamW's state, loss scale, step.
 
 torch.distributed.checkpoint writes them, each process its own shards, in safetensors (no pickle). Names are those of
 the whole model, positions those in the whole tensors: a mesh does not show. The manifest (train/manifest.py) commits.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ from deepseek_ray.errors import CheckpointError
 from deepseek_ray.models.pretrained import check
 from deepseek_ray.parallel.apply import SpreadModel
 from deepseek_ray.train import manifest
+from deepseek_ray.train.pretrain_step import Stepper
 
 PREFIX = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_UPDATES, _LOSS_SCALE = "optimiser.updates", "optimiser.loss_scale"
 
 
-def tensors_of(model: SpreadModel, optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
+def tensors_of(stepper: Stepper) -> dict[str, Tensor]:
     """Everything a checkpoint holds, by name; shards are DTensors. Missing moments are created as zeros."""
+    model, optimiser = stepper.model, stepper.optimiser
     found: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         found[f"model.{name}"] = weight.detach()
@@ -41,6 +44,9 @@ def tensors_of(model: SpreadModel, optimiser: torch.optim.AdamW) -> dict[str, Te
             state["step"] = torch.zeros(())
             state.update({moment: torch.zeros_like(weight) for moment in _MOMENTS})
         found |= {f"optimiser.{moment}.{name}": state[moment] for moment in _MOMENTS}
+    found[_UPDATES] = state["step"].clone().reshape(1)  # the same for all; fewer than steps after an overflow
+    if stepper.scale is not None:
+        found[_LOSS_SCALE] = stepper.scale.state()
     return found | {f"model.layers.{number}.feed.router.bias_E": r.bias_E for number, r in model.routers().items()}
 
 
@@ -60,14 +66,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, done: int, model: SpreadModel, optimiser: torch.optim.AdamW) -> None:
+    def save(self, done: int, stepper: Stepper) -> None:
         """Write the state after ``done`` steps.
 
         Raises:
             CheckpointError: this or the previous one could not be written.
         """
         self.close()
-        tensors = tensors_of(model, optimiser)
+        tensors = tensors_of(stepper)
         if self.background:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             self._thread = threading.Thread(target=self._guarded, args=(done, tensors), name="checkpoint")
@@ -102,30 +108,39 @@ class CheckpointWriter:
 
     def _write(self, done: int, tensors: dict[str, Tensor]) -> None:
         target = self._place(done)
-        first = self._group is None or dist.get_rank() == 0
-        if first:
-            shutil.rmtree(target, ignore_errors=True)  # a torn one from before a crash
-            target.mkdir(parents=True)
-        self._barrier()
+        self._first_does(lambda: self._clear(target))
         writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
         with _quiet_alone():
             save_shards(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        self._barrier()
-        if first:
-            manifest.commit(target, {"step": done, "notes": {"fingerprint": self.fingerprint}})
-            manifest.prune(self.folder, PREFIX, self.keep)
-        self._barrier()
+        self._first_does(lambda: self._commit(target, done))
+
+    def _clear(self, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)  # a torn one from before a crash
+        target.mkdir(parents=True)
+
+    def _commit(self, target: Path, done: int) -> None:
+        manifest.commit(target, {"step": done, "notes": {"fingerprint": self.fingerprint}})
+        manifest.prune(self.folder, PREFIX, self.keep)
+
+    def _first_does(self, work: Callable[[], None]) -> None:
+        """Let the first process do something while the others wait, and fail together when it cannot."""
+        told: list[Any] = [None]
+        if _is_first():
+            try:
+                work()
+            except OSError as error:
+                told = [error]
+        if self._group is not None:
+            dist.broadcast_object_list(told, src=0, group=self._group)
+        if told[0] is not None:
+            raise told[0]
 
     def _place(self, done: int) -> Path:
         return self.folder / f"{PREFIX}-{done:06d}"
 
-    def _barrier(self) -> None:
-        if self._group is not None:
-            dist.barrier(group=self._group)
 
-
-def load_newest(folder: Path, fingerprint: str, model: SpreadModel, optimiser: torch.optim.AdamW) -> int:
-    """Load the newest complete checkpoint of a job into a model on any mesh; returns the steps done, 0 without one.
+def load_newest(folder: Path, fingerprint: str, stepper: Stepper) -> int:
+    """Load the newest complete checkpoint of a job on any mesh; returns the steps done, 0 without one.
 
     Raises:
         CheckpointError: its tensors are not those of the model.
@@ -137,17 +152,17 @@ def load_newest(folder: Path, fingerprint: str, model: SpreadModel, optimiser: t
     if chosen[0] is None:
         return 0
     path, done = chosen[0]
-    load(Path(path), done, model, optimiser)
+    load(Path(path), stepper)
     return int(done)
 
 
-def load(path: Path, done: int, model: SpreadModel, optimiser: torch.optim.AdamW) -> None:
+def load(path: Path, stepper: Stepper) -> None:
     """Load one checkpoint folder in place.
 
     Raises:
         CheckpointError: its tensors are not those of the model.
     """
-    tensors = tensors_of(model, optimiser)
+    tensors = tensors_of(stepper)
     try:
         read_shards(tensors, path, alone=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
@@ -155,8 +170,10 @@ def load(path: Path, done: int, model: SpreadModel, optimiser: torch.optim.AdamW
             f"Checkpoint {str(path)!r} does not hold this model: {_reason(error)}.",
             fix="use the settings it was made with",
         ) from error
-    for _, weight in model.named_parameters():
-        optimiser.state[weight]["step"].fill_(float(done))
+    for _, weight in stepper.model.named_parameters():
+        stepper.optimiser.state[weight]["step"].copy_(tensors[_UPDATES].squeeze())
+    if stepper.scale is not None:
+        stepper.restore_scale(tensors[_LOSS_SCALE])
 
 
 def import_pretrained(model: SpreadModel, folder: Path) -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import GetTimeoutError
 
+from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.parallel.exchange import Weights
 from deepseek_ray.parallel.mesh import Mesh
 from deepseek_ray.train.clip import local_part
@@ -68,11 +70,22 @@ class ParameterServer:
 
     @torch.no_grad()
     def sum_gradients(self, weights: Weights, *, flush: bool) -> None:
-        """See GradientExchange; there is nothing to flush."""
+        """See GradientExchange; there is nothing to flush.
+
+        Raises:
+            EnvironmentProblemError: another replica did not push in time.
+        """
         parts = [local_part(weight.grad) for _, weight in weights if weight.grad is not None]
         flat = torch.cat([part.flatten() for part in parts])
         pushed = self._server.push.remote(self._round, self.replica, flat.cpu().numpy())
-        total = torch.from_numpy(np.array(ray.get(pushed, timeout=self.timeout_s))).to(flat.device)
+        try:
+            received = ray.get(pushed, timeout=self.timeout_s)
+        except GetTimeoutError as error:
+            raise EnvironmentProblemError(
+                f"The other replicas sent no gradients of round {self._round} within {self.timeout_s:g} s.",
+                fix="look for a worker that died or is slow, or raise cluster.timeout_s",
+            ) from error
+        total = torch.from_numpy(np.array(received)).to(flat.device)
         self._round += 1
         first = 0
         for part in parts:

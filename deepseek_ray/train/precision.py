@@ -59,6 +59,14 @@ class LossScale:
         elif self._calm == self.calm_steps:
             self.value, self._calm = self.value * 2, 0
 
+    def state(self) -> Tensor:
+        """For a checkpoint: [2], value and calm steps so far."""
+        return torch.tensor([self.value, self._calm], dtype=torch.float64)
+
+    def restore(self, state: Tensor) -> None:
+        """Go on from a checkpoint."""
+        self.value, self._calm = float(state[0]), int(state[1])
+
 
 @torch.no_grad()
 def unscale(weights: list[nn.Parameter], scale: float) -> bool:

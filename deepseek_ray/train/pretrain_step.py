@@ -69,9 +69,14 @@ class Stepper:
         """Clip the gradients of step ``number``, move the weights by them, balance the experts."""
         settings = self.config.step
         finite = self._finite()  # first: what overflowed must not stay in an exchange
+        flush = (number + 1) % settings.checkpoint_every == 0  # a checkpoint must hold all there is
+        if self.exchange is not None and flush and not finite:
+            for _, weight in self.model.named_parameters():
+                if weight.grad is not None:
+                    weight.grad.zero_()  # the step is made of what the exchange still owes
+            finite = True
         if self.exchange is not None and finite:
-            last = (number + 1) % settings.checkpoint_every == 0  # a checkpoint must hold all there is
-            self.exchange.sum_gradients(list(self.model.named_parameters()), flush=last)
+            self.exchange.sum_gradients(list(self.model.named_parameters()), flush=flush)
         for callback in self.callbacks:
             callback.before_update(self, number)
         norm = math.inf
@@ -119,6 +124,12 @@ class Stepper:
         self.scale.update(finite=finite)
         self.model.loss_scale = self.scale.value
         return finite
+
+    def restore_scale(self, state: Tensor) -> None:
+        """Go on with the loss scale of a checkpoint."""
+        assert self.scale is not None
+        self.scale.restore(state)
+        self.model.loss_scale = self.scale.value
 
     def _clip(self) -> float:
         settings, mesh = self.config.step, self.model.mesh

@@ -25,7 +25,7 @@ from deepseek_ray.data.corpus import VOCAB_SIZE, Corpus
 from deepseek_ray.parallel.mesh import check_mesh
 from deepseek_ray.train.pretrain_worker import PROGRESS, Fault, pretrain_loop, run_here
 from deepseek_ray.train.pretraining import check_vocabulary
-from deepseek_ray.train.trainer import TRAIN_ENVIRONMENT, worker_environment
+from deepseek_ray.train.trainer import train_settings, worker_environment
 
 OnLines = Callable[[list[dict[str, Any]]], None]
 _POLL_S = 0.5
@@ -103,8 +103,6 @@ def run_on_ray(
         settings: its argument.
         storage: where Ray Train keeps its own state; a temporary folder without it.
     """
-    for key, value in TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     cluster = config.cluster
     most = cluster.num_workers or config.parallel.world
     elastic = bool(cluster.min_workers)
@@ -126,7 +124,7 @@ def run_on_ray(
             worker_runtime_env={"env_vars": worker_environment(cluster.threads_per_worker)},
         ),
     )
-    with local_cluster(most * cluster.threads_per_worker):
+    with local_cluster(most * cluster.threads_per_worker), train_settings(elastic=elastic):
         trainer.fit()
 
 

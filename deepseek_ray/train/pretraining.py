@@ -86,7 +86,7 @@ def pretrain(
     stepper.callbacks += callbacks
     print_ = fingerprint(config, data_digest)
     settings = config.step
-    start = load_newest(folder, print_, stepper.model, stepper.optimiser)
+    start = load_newest(folder, print_, stepper)
     if not start and config.init_from:
         import_pretrained(stepper.model, Path(config.init_from))
     writer = CheckpointWriter(
@@ -95,7 +95,7 @@ def pretrain(
     for number in range(start, settings.steps):
         stepper.step(number)
         if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
-            writer.save(number + 1, stepper.model, stepper.optimiser)
+            writer.save(number + 1, stepper)
     writer.close()
     return start
 

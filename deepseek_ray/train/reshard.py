@@ -62,7 +62,7 @@ def train_and_save(config: MoEConfig, folder: Path) -> dict[str, Tensor]:
     for number in range(STEPS):
         stepper.step(number)
     _save(stepper, folder)
-    gathered = {name: whole(tensor).clone() for name, tensor in tensors_of(stepper.model, stepper.optimiser).items()}
+    gathered = {name: whole(tensor).clone() for name, tensor in tensors_of(stepper).items()}
     mesh = stepper.model.mesh
     return gathered if mesh is None or mesh.rank("dp") == mesh.rank("tp") == 0 else {}
 
@@ -70,15 +70,15 @@ def train_and_save(config: MoEConfig, folder: Path) -> dict[str, Tensor]:
 def load_and_save(config: MoEConfig, source: Path, target: Path) -> None:
     """Load a checkpoint of any mesh and save it from this one."""
     stepper = _stepper(config)
-    assert load_newest(source, _FINGERPRINT, stepper.model, stepper.optimiser) == STEPS
+    assert load_newest(source, _FINGERPRINT, stepper) == STEPS
     _save(stepper, target)
 
 
 def load_alone(config: MoEConfig, folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, loaded by one process."""
     stepper = _stepper(config)
-    assert load_newest(folder, _FINGERPRINT, stepper.model, stepper.optimiser) == STEPS
-    return tensors_of(stepper.model, stepper.optimiser)
+    assert load_newest(folder, _FINGERPRINT, stepper) == STEPS
+    return tensors_of(stepper)
 
 
 def _stepper(config: MoEConfig) -> Stepper:
@@ -89,7 +89,7 @@ def _stepper(config: MoEConfig) -> Stepper:
 
 def _save(stepper: Stepper, folder: Path) -> None:
     writer = CheckpointWriter(folder, _FINGERPRINT)
-    writer.save(STEPS, stepper.model, stepper.optimiser)
+    writer.save(STEPS, stepper)
     writer.close()
 
 

@@ -29,10 +29,8 @@ from deepseek_ray.train.worker import train_loop
 
 MOE, DENSE = "moe", "dense"
 _GROUP_TIMEOUT_S = 120
-TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
-}
+_HEALTH_CHECK_INTERVAL_S = 0.5
+_START_TIMEOUT_S, _ELASTIC_START_TIMEOUT_S = 180, 20
 _POLL_S = 0.5
 
 
@@ -125,8 +123,6 @@ def make_jobs(dataset_path: Path, config: Config, folder: Path, service: str = "
 def _run_on_ray(
     jobs: list[Job], config: Config, name: str, paths: RunPaths, callbacks: Sequence[ray.train.UserCallback]
 ) -> None:
-    for key, value in TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     train = config.train
     trainer = TorchTrainer(
         train_loop,
@@ -144,8 +140,28 @@ def _run_on_ray(
             worker_runtime_env={"env_vars": worker_environment(train.threads_per_worker)},
         ),
     )
-    with local_cluster(train.num_workers * train.threads_per_worker):
+    with local_cluster(train.num_workers * train.threads_per_worker), train_settings():
         trainer.fit()
+
+
+@contextmanager
+def train_settings(*, elastic: bool = False) -> Iterator[None]:
+    """Ray Train's settings that are environment variables only, for as long as a trainer runs.
+
+    A fixed group may wait long for processors that another job holds. An elastic one must not: Ray counts a dead node
+    for a while, asks for a group that can no longer start, and only after this time asks for a smaller one.
+    """
+    wanted = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_HEALTH_CHECK_INTERVAL_S),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_ELASTIC_START_TIMEOUT_S if elastic else _START_TIMEOUT_S),
+    }
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,24 @@ def test_what_was_sent_and_what_is_kept_is_all_there_was(flush: bool) -> None:
     assert 8 <= max(results[0]["nonzero"][:-1]) <= 3 * 8  # ceil(0.1 * 77) of each of three
     if not flush:
         assert sum(one["kept"]["matrix"].abs().sum() for one in results) > 1
+
+
+def overflow_before_a_checkpoint(config: MoEConfig) -> tuple[float, int]:
+    stepper = make_stepper(config, corpus(), torch.device("cpu"))
+    assert isinstance(stepper.exchange, TopK)
+    assert stepper.scale is not None
+    stepper.step(0)
+    assert stepper.exchange._kept
+    stepper.scale.value = stepper.model.loss_scale = 2.0**40
+    return stepper.step(1).grad_norm, len(stepper.exchange._kept)
+
+
+def test_what_is_kept_gets_into_the_checkpoint_of_a_step_that_overflows() -> None:
+    settings = {"step__exchange": "top_k", "step__precision": "float16", "step__checkpoint_every": 2}
+    config = load_moe_preset("debug_moe", overrides=overrides("dp_replicate=2", **settings))
+    for norm, left in run_processes(2, overflow_before_a_checkpoint, config):
+        assert 0 < norm < math.inf
+        assert left == 0
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -46,7 +47,7 @@ def stepper_of(config: MoEConfig) -> Stepper:
 
 
 def state(stepper: Stepper) -> dict[str, torch.Tensor]:
-    return {name: whole(tensor).clone() for name, tensor in tensors_of(stepper.model, stepper.optimiser).items()}
+    return {name: whole(tensor).clone() for name, tensor in tensors_of(stepper).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -66,7 +67,7 @@ def two_steps(folder: Path, background: bool = False) -> dict[int, dict[str, tor
     states = {}
     for number in range(2):
         stepper.step(number)
-        writer.save(number + 1, stepper.model, stepper.optimiser)
+        writer.save(number + 1, stepper)
         states[number + 1] = state(stepper)
     writer.close()
     return states
@@ -79,7 +80,7 @@ def copy(original: tuple[Path, object], tmp_path: Path) -> Path:
 
 def loaded(folder: Path, job: str = JOB) -> tuple[int, dict[str, torch.Tensor]]:
     stepper = stepper_of(config_of())
-    return load_newest(folder, job, stepper.model, stepper.optimiser), state(stepper)
+    return load_newest(folder, job, stepper), state(stepper)
 
 
 def newest(folder: Path) -> Path:
@@ -146,16 +147,16 @@ def test_another_jobs_checkpoints_are_left_alone(copy: Path) -> None:
 def test_another_model_is_refused(copy: Path) -> None:
     stepper = stepper_of(config_of(backbone__d_dense=64))
     with pytest.raises(CheckpointError, match=r"does not hold this model.*use the settings it was made with"):
-        load_newest(copy, JOB, stepper.model, stepper.optimiser)
+        load_newest(copy, JOB, stepper)
 
 
 def test_only_as_many_are_kept_as_asked(tmp_path: Path) -> None:
     stepper = stepper_of(config_of())
     writer = CheckpointWriter(tmp_path, JOB, keep=2)
     for done in range(1, 5):
-        writer.save(done, stepper.model, stepper.optimiser)
+        writer.save(done, stepper)
     (tmp_path / "step-000003" / manifest.MANIFEST).unlink()  # torn: it goes, and does not count
-    writer.save(5, stepper.model, stepper.optimiser)
+    writer.save(5, stepper)
     assert [path.name for path in manifest.folders(tmp_path, "step")] == ["step-000005", "step-000004"]
 
 
@@ -182,7 +183,7 @@ def test_a_step_does_not_change_what_is_being_written(tmp_path: Path, monkeypatc
     writer = CheckpointWriter(tmp_path, JOB, background=True)
     stepper.step(0)
     wanted = state(stepper)
-    writer.save(1, stepper.model, stepper.optimiser)
+    writer.save(1, stepper)
     stepper.step(1)
     assert not (tmp_path / "step-000001" / manifest.MANIFEST).exists(), "the step was meant to overtake the write"
     writer.close()
@@ -203,7 +204,7 @@ def test_sigkill_in_the_middle_of_a_write_leaves_the_older_one(copy: Path, momen
     assert any((copy / "step-000003").iterdir())
     assert loaded(copy)[0] == 2
     stepper = stepper_of(config_of())
-    CheckpointWriter(copy, JOB).save(3, stepper.model, stepper.optimiser)  # the torn folder is in nobody's way
+    CheckpointWriter(copy, JOB).save(3, stepper)  # the torn folder is in nobody's way
     assert loaded(copy)[0] == 3
 
 
@@ -222,7 +223,7 @@ def write_and_hang(folder: Path, moment: str, reached: multiprocessing.synchroni
         time.sleep(60)
 
     setattr(owner, moment, hang)
-    CheckpointWriter(folder, JOB).save(3, stepper.model, stepper.optimiser)
+    CheckpointWriter(folder, JOB).save(3, stepper)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -242,7 +243,7 @@ def test_no_space_left_is_an_error_with_a_fix(copy: Path, background: bool, monk
 
 
 def save_and_wait(writer: CheckpointWriter, done: int, stepper: Stepper) -> None:
-    writer.save(done, stepper.model, stepper.optimiser)
+    writer.save(done, stepper)
     writer.close()
 
 
@@ -262,32 +263,38 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_the_last_good_one(small_disk: Path) -> None:
     stepper = stepper_of(config_of())
     writer = CheckpointWriter(small_disk, JOB)
-    writer.save(1, stepper.model, stepper.optimiser)
+    writer.save(1, stepper)
     size = sum(file.stat().st_size for file in small_disk.rglob("*") if file.is_file())
     (small_disk / "ballast").write_bytes(bytes((8 << 20) - size - size // 2))
     with pytest.raises(CheckpointError, match="free space or change permissions"):
-        writer.save(2, stepper.model, stepper.optimiser)
+        writer.save(2, stepper)
     assert [path.name for path in manifest.folders(small_disk, "step")] == ["step-000001"]  # the torn one gave way
     assert loaded(small_disk)[0] == 1
     (small_disk / "ballast").unlink()
-    writer.save(3, stepper.model, stepper.optimiser)
+    writer.save(3, stepper)
     assert loaded(small_disk)[0] == 3
 
 
-def test_one_process_that_cannot_write_fails_all(tmp_path: Path) -> None:
-    assert run_processes(2, fail_on_one, tmp_path, timeout_s=30) == [True, True]
+@pytest.mark.parametrize(("rank", "moment"), [(1, "shards"), (0, "folder"), (0, "manifest")])
+def test_one_process_that_cannot_write_fails_all(rank: int, moment: str, tmp_path: Path) -> None:
+    assert run_processes(2, fail_on_one, tmp_path, rank, moment, timeout_s=30) == [True, True]
     assert loaded(tmp_path)[0] == 1
 
 
-def fail_on_one(folder: Path) -> bool:
-    """Whether this process learned that the second checkpoint, which rank 1 could not write, is none."""
+def fail_on_one(folder: Path, rank: int, moment: str) -> bool:
+    """Whether this process learned that the second checkpoint, which one of them could not write, is none."""
     stepper = stepper_of(config_of("dp_shard=2"))
     writer = CheckpointWriter(folder, JOB)
-    writer.save(1, stepper.model, stepper.optimiser)
-    if torch.distributed.get_rank() == 1:
-        mesh_checkpoint.HuggingFaceStorageWriter.write_data = refuse  # type: ignore[method-assign]
+    writer.save(1, stepper)
+    if torch.distributed.get_rank() == rank:
+        if moment == "shards":
+            mesh_checkpoint.HuggingFaceStorageWriter.write_data = refuse  # type: ignore[method-assign]
+        elif moment == "folder":
+            mesh_checkpoint.Path.mkdir = refuse  # type: ignore[assignment]
+        else:
+            manifest.sync = refuse  # type: ignore[assignment]
     try:
-        writer.save(2, stepper.model, stepper.optimiser)
+        writer.save(2, stepper)
     except CheckpointError as error:
         return "No space left" in str(error)
     return False
@@ -295,6 +302,23 @@ def fail_on_one(folder: Path) -> bool:
 
 def refuse(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_overflow_is_remembered_across_a_restart(tmp_path: Path) -> None:
+    config = config_of(step__precision="float16")
+    stepper = stepper_of(config)
+    assert stepper.scale is not None
+    stepper.scale.value = stepper.model.loss_scale = 2.0**40
+    assert stepper.step(0).grad_norm == math.inf  # and half the scale from now on
+    stepper.scale.value = stepper.model.loss_scale = 2.0**12
+    stepper.step(1)
+    CheckpointWriter(tmp_path, JOB).save(2, stepper)
+    other = stepper_of(config)
+    assert load_newest(tmp_path, JOB, other) == 2
+    assert other.scale == stepper.scale
+    assert {float(value["step"]) for value in other.optimiser.state.values()} == {1.0}
+    assert other.step(2) == stepper.step(2)
+    assert same(state(other), state(stepper))
 
 
 def test_the_export_holds_the_trained_weights(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_one_bit_that_changed_on_the_way_is_named(monkeypatch: pytest.MonkeyPatc
 
         def load_and_flip(*arguments: Any) -> int:
             done = load(*arguments)
-            weight = dict(arguments[2].named_parameters())["layers.1.attention_norm.weight_D"]
+            weight = dict(arguments[2].model.named_parameters())["layers.1.attention_norm.weight_D"]
             torch.Tensor.view(reshard.whole(weight), torch.int32)[3] ^= 1
             return done
 
