@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path("tests/full.csv")
 COLUMNS = ("step", "status", "seconds", "tests", "skipped", "tree", "commit")
-FOLDERS = ("unit", "distributed", "integration", "e2e", "gpu")
+FOLDERS = ("unit", "kernels", "distributed", "integration", "e2e", "gpu")
 MAX_STEP_S = 90 * 60
 
 Row = dict[str, str]
