@@ -104,4 +104,4 @@ def _read(path: Path) -> dict[str, Settings]:
             raise ValueError("settings must be whole numbers")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is no table of kernel settings ({error}): delete it and tune again") from error
-    return table  # type: ignore[no-any-return]
+    return table
