@@ -27,13 +27,14 @@ except ImportError:  # not on every platform; the reference then serves
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
 from deepseek_ray.kernels.grouped_gemm import (
-    PAIRED,
     block_rows,
     describable,
     describe,
+    descriptor_type,
     multiply_rows,
     outer_products,
     row_settings,
+    variant,
 )
 from deepseek_ray.kernels.moe_routing import Routing, empty_routing, num_tiles, route
 from deepseek_ray.kernels.tuning import Settings
@@ -87,7 +88,7 @@ def fused_moe(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor,
 
 def _check(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> None:
     if x_TD.ndim != 2 or x_TD.dtype not in _DTYPES:
-        raise ValueError(f"x is {_text(x_TD)}: it must be (T, D) floating-point numbers, flatten the leading dimensions")
+        raise ValueError(f"x is {_text(x_TD)}: it must be (T, D) floats, flatten the leading dimensions")
     if expert_TK.ndim != 2 or len(expert_TK) != len(x_TD) or expert_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert is {_text(expert_TK)}: it must be ({len(x_TD)}, K) of int32 or int64")
     if gate_TK.shape != expert_TK.shape or gate_TK.dtype not in _DTYPES:
@@ -211,7 +212,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy_TD is None:
         return (None,) * 6
-    x, experts, gate, up, down, _keep = ctx.needs_input_grad
+    x, _experts, gate, up, down, _keep = ctx.needs_input_grad
     wanted = [x, gate, up, down]
     found = _backward(dy_TD, *ctx.saved_tensors, wanted)
     dx_TD, dgate_TK, dup, ddown = (one if want else None for one, want in zip(found, wanted, strict=True))
@@ -256,7 +257,8 @@ def backward_of_activation(
     part_SN = torch.empty((len(h_S2I), columns), dtype=torch.float32, device=h_S2I.device)
     tma = bool(settings["TMA"]) and describable(down_EID)
     _backward_of_activation[(tiles * columns,)](
-        dy_TD, describe(down_EID, 1, block_n, block_k) if tma else down_EID, h_S2I, gate_TK, dh_S2I, a_SI, part_SN,
+        dy_TD, describe(down_EID, 1, block_n, block_k) if tma else down_EID,
+        h_S2I, gate_TK, dh_S2I, a_SI, part_SN,
         routing.offset_E, routing.pair_S, routing.tile_N2, tiles, gate_TK.shape[1], width, depth,
         EVEN=width % block_n == 0 and depth % block_k == 0, BLOCK_M=height, **{**settings, "TMA": tma},
     )  # fmt: skip
@@ -284,6 +286,34 @@ def sum_parts(part_SN: Tensor, routing: Routing, gate_TK: Tensor) -> Tensor:
     return dgate_TK
 
 
+def aot_variants() -> list[Variant]:
+    """The kernels of this file for bfloat16, with and without Hopper's copy engine; sizes are not compiled in."""
+    found = [_tile_variant("up", _project_up, UP, tma, {"KEEP": keep}) for keep in (True, False) for tma in (1, 0)]
+    found += [_tile_variant("backward of activation", _backward_of_activation, ACTIVATION, tma, {}) for tma in (1, 0)]
+    combined = {"y_ptr": "*bf16", "router_ptr": "*fp32", "out_ptr": "*bf16", "row_ptr": "*i32", "top_k": "i32"}
+    constants = {"GATED": True, "BLOCK": _COMBINE}
+    found.append(Variant("fused_moe", _combine, {**combined, "width": "i32"}, constants, ("width",), label="combine"))
+    parts = {"part_ptr": "*fp32", "row_ptr": "*i32", "out_ptr": "*fp32", "num_pairs": "i32", "num_parts": "i32"}
+    return [*found, Variant("fused_moe", _sum_parts, parts, {"BLOCK": 256}, label="gradient of gates")]
+
+
+def _tile_variant(label: str, kernel: Any, settings: Settings, tma: int, constants: dict[str, Any]) -> Variant:
+    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
+    block = (1, block_k, block_n) if kernel is _project_up else (1, block_n, block_k)
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    integers = [name for name in kernel.arg_names if name in ("num_tiles", "top_k", "width", "depth")]
+    kinds = {
+        "router_ptr": "*fp32",
+        "part_ptr": "*fp32",
+        **dict.fromkeys(("offset_ptr", "pair_ptr", "tile_ptr"), "*i32"),
+    }
+    signature = {name: kinds.get(name, "*bf16") for name in pointers} | dict.fromkeys(integers, "i32")
+    signature["w"] = descriptor_type("bf16", *block) if tma else "*bf16"
+    label = " ".join([label, "TMA" if tma else "pointers", *(["inference"] if constants.get("KEEP") is False else [])])
+    constants = {**constants, "EVEN": True, "BLOCK_M": 128}
+    return variant("fused_moe", kernel, signature, constants, ("width", "depth"), {**settings, "TMA": tma}, label)
+
+
 if triton is not None:
 
     @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -308,19 +338,20 @@ if triton is not None:
             up_w = expert_tile(w, expert, k, width + n, depth, 2 * width, BLOCK_K, BLOCK_N, EVEN, TMA)
             gate = tl.dot(x, gate_w, gate, input_precision="ieee")
             up = tl.dot(x, up_w, up, input_precision="ieee")
-        columns = n + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (columns < width)[None, :]
-        at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        columns = n + tl.arange(0, BLOCK_N)[None, :]
+        inside = (rows < end - first) & (columns < width)
+        behind = first.to(tl.int64) * width
         # The backward recomputes a from the rounded h: round here too, so that it finds the same a.
         gate = gate.to(a_ptr.dtype.element_ty)
         up = up.to(a_ptr.dtype.element_ty)
         if KEEP:
-            h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+            h_ptrs = h_ptr + 2 * behind + (rows * (2 * width) + columns)
             tl.store(h_ptrs, gate, mask=inside)
             tl.store(h_ptrs + width, up, mask=inside)
         gate = gate.to(tl.float32)
         a = gate * tl.sigmoid(gate) * up.to(tl.float32)
-        tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=inside)
+        tl.store(a_ptr + behind + (rows * width + columns), a.to(a_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator, unused-ignore]
     def _backward_of_activation(  # type: ignore[no-untyped-def, unused-ignore]
@@ -342,23 +373,47 @@ if triton is not None:
             dy = row_tile(dy_ptr, tokens, k, depth, BLOCK_K, EVEN)
             down = expert_tile(w, expert, n, k, width, depth, BLOCK_N, BLOCK_K, EVEN, TMA)
             da = tl.dot(dy, down.T, da, input_precision="ieee")
-        columns = n + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (columns < width)[None, :]
-        at = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
-        gate = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + at + width, mask=inside, other=0.0).to(tl.float32)
-        router = tl.load(router_ptr + pairs).to(tl.float32)[:, None]
+        router = tl.load(router_ptr + pairs).to(tl.float32)
+        # By halves, so that less has to be in registers at a time.
+        left, right = da.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        part = _halves(left, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
+        n += BLOCK_N // 2
+        part += _halves(right, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
+        tl.store(part_ptr + rows.to(tl.int64) * num_columns + column, part, mask=rows < end)
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def _halves(  # type: ignore[no-untyped-def, unused-ignore]
+        da, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):
+        left, right = da.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        part = _through_swiglu(left, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
+        n += BLOCK_N // 2
+        part += _through_swiglu(right, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
+        return part
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def _through_swiglu(  # type: ignore[no-untyped-def, unused-ignore]
+        da, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):
+        """Store the gradient of h and the gated activation; return each row's <da, a>."""
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        columns = n + tl.arange(0, BLOCK_N)[None, :]
+        inside = (rows < end - first) & (columns < width)
+        behind = first.to(tl.int64) * width
+        dh_ptrs = dh_ptr + 2 * behind + (rows * (2 * width) + columns)
+        h_ptrs = h_ptr + 2 * behind + (rows * (2 * width) + columns)
+        gate = tl.load(h_ptrs, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h_ptrs + width, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        # Columns behind the last one hold no zeros in da, but up is zero there.
-        part = tl.sum(da * (silu * up), axis=1)
-        tl.store(part_ptr + rows.to(tl.int64) * num_columns + column, part, mask=rows < end)
-        a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
-        tl.store(a_ptrs, (router * silu * up).to(a_ptr.dtype.element_ty), mask=inside)
-        da = da * router
+        part = tl.sum(da * silu * up, axis=1)
+        a_ptrs = a_ptr + behind + (rows * width + columns)
+        tl.store(a_ptrs, (router[:, None] * silu * up).to(a_ptr.dtype.element_ty), mask=inside)
+        da = da * router[:, None]
         dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-        tl.store(dh_ptr + at, dgate.to(dh_ptr.dtype.element_ty), mask=inside)
-        tl.store(dh_ptr + at + width, (da * silu).to(dh_ptr.dtype.element_ty), mask=inside)
+        tl.store(dh_ptrs, dgate.to(dh_ptr.dtype.element_ty), mask=inside)
+        tl.store(dh_ptrs + width, (da * silu).to(dh_ptr.dtype.element_ty), mask=inside)
+        return part
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _combine(y_ptr, router_ptr, out_ptr, row_ptr, top_k, width, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]

@@ -95,7 +95,13 @@ def multiply_rows(
 
 
 def outer_products(
-    left_XM: Tensor, right_XN: Tensor, routing: Routing, top_k: int, *, gather_left: bool, settings: Settings | None = None
+    left_XM: Tensor,
+    right_XN: Tensor,
+    routing: Routing,
+    top_k: int,
+    *,
+    gather_left: bool,
+    settings: Settings | None = None,
 ) -> Tensor:
     """Sum over each expert's rows of left^T right: (E, M, N), zero for an expert without rows.
 
@@ -122,7 +128,8 @@ def outer_products(
 
 def outer_settings(dtype: torch.dtype, height: int, width: int, average_rows: int) -> Settings:
     """Measured or default settings of ``outer_products``, cut to the size of the matrices."""
-    default = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    # Indices, then rows: the pipeline spends a stage on the indices.
+    default = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 5}
     if dtype == torch.float32:
         default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
     found = settings_for("moe_outer", (dtype, height, width, bucket(average_rows)), default)
@@ -144,6 +151,57 @@ def copy_engine(device: torch.device) -> bool:
 def describe(x: Tensor, *block: int) -> Any:
     """A contiguous tensor as the copy engine sees it: loads of blocks, zero outside."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def descriptor_type(dtype: str, *block: int) -> str:
+    """How a signature names a described tensor."""
+    return f"tensordesc<{dtype}{list(block)}>"
+
+
+def aot_variants() -> list[Variant]:
+    """The products of the Qwen3-30B-A3B and the Mixtral layer in bfloat16, with and without the copy engine."""
+    found = []
+    for model, width, depth in (("qwen3", 2048, 768), ("mixtral", 4096, 14336)):
+        found += [_rows_variant(f"{model} down", width, depth, False, tma) for tma in (1, 0)]
+        found += [_rows_variant(f"{model} dx", width, 2 * depth, True, tma) for tma in (1, 0)]
+        found += [_outer_variant(f"{model} dup", width, 2 * depth, True)]
+        found += [_outer_variant(f"{model} ddown", depth, width, False)]
+    return found
+
+
+def _rows_variant(label: str, width: int, depth: int, transposed: bool, tma: int) -> Variant:
+    settings = {**(PAIRED if depth <= SHORT_DEPTH else WIDE), "TMA": tma}
+    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
+    block = (1, block_n, block_k) if transposed else (1, block_k, block_n)
+    signature = {
+        "left": descriptor_type("bf16", 128, block_k) if tma else "*bf16",
+        "w": descriptor_type("bf16", *block) if tma else "*bf16",
+        "y_ptr": "*bf16", "offset_ptr": "*i32", "tile_ptr": "*i32", "num_tiles": "i32", "width": "i32", "depth": "i32",
+    }  # fmt: skip
+    constants = {"TRANSPOSED": transposed, "EVEN": True, "BLOCK_M": 128}
+    label = f"{label} {'TMA' if tma else 'pointers'}"
+    return variant("moe_rows", _multiply_rows, signature, constants, ("width", "depth"), settings, label)
+
+
+def _outer_variant(label: str, height: int, width: int, gather_left: bool) -> Variant:
+    settings = outer_settings(torch.bfloat16, height, width, 1024)
+    signature = {
+        "left_ptr": "*bf16", "right_ptr": "*bf16", "dw_ptr": "*bf16", "offset_ptr": "*i32", "pair_ptr": "*i32",
+        "top_k": "i32", "height": "i32", "width": "i32",
+    }  # fmt: skip
+    constants = {"GATHER_LEFT": gather_left, "EVEN": True}
+    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), settings, label)
+
+
+def variant(
+    op: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...],
+    settings: Settings, label: str,
+) -> Variant:  # fmt: skip
+    """A variant whose settings are parted into constants and launch options."""
+    options = {name: settings[name] for name in ("num_warps", "num_stages")}
+    blocks = {name: value for name, value in settings.items() if name not in options}
+    blocks |= {"TMA": bool(blocks["TMA"])} if "TMA" in blocks else {}
+    return Variant(op, kernel, signature, {**constants, **blocks}, aligned, options, label)
 
 
 def _cut(block: int, size: int) -> int:
@@ -169,14 +227,17 @@ if triton is not None:
     ):  # fmt: skip
         """A tile of an expert's matrix; zero outside."""
         if TMA:
-            return w.load([expert, row, column]).reshape(BLOCK_R, BLOCK_C)
-        rows = row + tl.arange(0, BLOCK_R)
-        columns = column + tl.arange(0, BLOCK_C)
-        at = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-        w_ptrs = w + expert.to(tl.int64) * num_rows * num_columns + at
-        if EVEN:
-            return tl.load(w_ptrs)
-        return tl.load(w_ptrs, mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :], other=0.0)
+            tile = w.load([expert, row, column]).reshape(BLOCK_R, BLOCK_C)
+        else:
+            rows = tl.arange(0, BLOCK_R)[:, None]
+            columns = column + tl.arange(0, BLOCK_C)[None, :]
+            behind = (expert.to(tl.int64) * num_rows + row) * num_columns
+            w_ptrs = w + behind + (rows * num_columns + columns)  # 64 bits for the scalar, 32 within the tile
+            if EVEN:
+                tile = tl.load(w_ptrs)
+            else:
+                tile = tl.load(w_ptrs, mask=(rows < num_rows - row) & (columns < num_columns), other=0.0)
+        return tile
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def row_tile(x_ptr, rows, column, num_columns, BLOCK_C: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
@@ -184,8 +245,10 @@ if triton is not None:
         columns = column + tl.arange(0, BLOCK_C)
         x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
         if EVEN:
-            return tl.load(x_ptrs)
-        return tl.load(x_ptrs, mask=(columns < num_columns)[None, :], other=0.0)
+            tile = tl.load(x_ptrs)
+        else:
+            tile = tl.load(x_ptrs, mask=(columns < num_columns)[None, :], other=0.0)
+        return tile
 
     @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator, unused-ignore]
     def _multiply_rows(  # type: ignore[no-untyped-def, unused-ignore]
@@ -197,8 +260,7 @@ if triton is not None:
         if expert < 0:
             return
         end = tl.load(offset_ptr + expert + 1)
-        rows = first + tl.arange(0, BLOCK_M)
-        there = tl.minimum(rows, end - 1)  # rows behind the last one repeat it and are not stored: no mask in the loop
+        there = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)  # behind the last: repeat it, no mask
         y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, depth, BLOCK_K):
             if TMA:
@@ -210,9 +272,10 @@ if triton is not None:
             else:
                 weight = expert_tile(w, expert, k, column * BLOCK_N, depth, width, BLOCK_K, BLOCK_N, EVEN, TMA)
             y = tl.dot(part, weight, y, input_precision="ieee")
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = rows.to(tl.int64)[:, None] * width + columns[None, :]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (columns < width)[None, :])
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        y_ptrs = y_ptr + first.to(tl.int64) * width + (rows * width + columns)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows < end - first) & (columns < width))
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _outer_products(  # type: ignore[no-untyped-def, unused-ignore]
@@ -226,7 +289,8 @@ if triton is not None:
         above = program // (GROUP * num_columns) * GROUP
         inside = program % (GROUP * num_columns)
         group = tl.minimum(num_rows - above, GROUP)
-        m = (above + inside % group) * BLOCK_M + tl.arange(0, BLOCK_M)
+        top = (above + inside % group) * BLOCK_M
+        m = top + tl.arange(0, BLOCK_M)
         n = inside // group * BLOCK_N + tl.arange(0, BLOCK_N)
         start = tl.load(offset_ptr + expert)
         end = tl.load(offset_ptr + expert + 1)
@@ -245,5 +309,5 @@ if triton is not None:
             left = tl.load(left_ptrs, mask=left_mask, other=0.0)
             right = tl.load(right_ptrs, mask=right_mask, other=0.0)
             dw = tl.dot(left.T, right, dw, input_precision="ieee")
-        at = (expert.to(tl.int64) * height + m)[:, None] * width + n[None, :]
-        tl.store(dw_ptr + at, dw.to(dw_ptr.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
+        dw_ptrs = dw_ptr + (expert.to(tl.int64) * height + top) * width + ((m - top)[:, None] * width + n[None, :])
+        tl.store(dw_ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
