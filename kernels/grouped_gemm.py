@@ -1,0 +1,313 @@
+"""Grouped matrix products for experts: every row times the matrix of its expert, and the gradient of those matrices.
+
+Rows lie sorted by expert (see moe_routing.py); a tile of rows belongs to one expert. Programs of one expert run next
+to each other, in groups of GROUP tiles of rows, so that its weights and rows are read from memory once and then from
+the L2 cache. Each program owns its tile of the output and adds up in one fixed order: no atomics.
+
+Legend: S rows, E experts, K depth of a product, N its width, M height of a weight's gradient, R and C rows and columns
+of an expert's matrix as it is stored.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # not on every platform; the reference then serves
+    triton = None
+
+from deepseek_ray.kernels.aot import Variant
+from deepseek_ray.kernels.moe_routing import SMALLEST_TILE, Routing, num_tiles
+from deepseek_ray.kernels.tuning import Settings, bucket, settings_for
+
+WIDE = {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 8, "num_stages": 3}
+PAIRED = {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 4, "num_stages": 3}
+SINGLE = {"BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 16, "TMA": 0, "num_warps": 4, "num_stages": 2}
+SHORT_DEPTH = 1024
+ROW_CANDIDATES: list[Settings] = [
+    {"BLOCK_N": n, "BLOCK_K": 64, "GROUP": group, "TMA": tma, "num_warps": warps, "num_stages": stages}
+    for n, warps in ((256, 8), (128, 8), (128, 4), (64, 4))
+    for stages in (3, 4)
+    for tma in (1, 0)
+    for group in (8, 16)
+]
+OUTER_CANDIDATES: list[Settings] = [
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "num_warps": warps, "num_stages": stages}
+    for m, n, warps in ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4))
+    for k in (32, 64)
+    for stages in (3, 4)
+]
+
+
+def block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Height of a tile of rows: what the experts get on average decides, so that padding stays small."""
+    average = num_rows // max(num_experts, 1)
+    if average < 32:
+        return SMALLEST_TILE
+    return 128 if average >= 128 and dtype != torch.float32 else 64
+
+
+def row_settings(op: str, dtype: torch.dtype, width: int, depth: int, height: int, default: Settings) -> Settings:
+    """Measured or default settings of a kernel whose programs own a tile of rows, cut to the size of the matrices."""
+    if dtype == torch.float32:
+        default = SINGLE
+    found = settings_for(op, (dtype, width, depth, height), default)
+    return {**found, "BLOCK_N": _cut(found["BLOCK_N"], width), "BLOCK_K": _cut(found["BLOCK_K"], depth)}
+
+
+def multiply_rows(
+    left_SK: Tensor, w_ERC: Tensor, routing: Routing, height: int, *, transposed: bool, settings: Settings | None = None
+) -> Tensor:
+    """Rows times the matrix of their expert, (S, K) -> (S, N); rows that no expert takes are undefined.
+
+    Args:
+        left_SK: contiguous rows.
+        w_ERC: contiguous matrices, R = K and C = N, or the other way round when ``transposed``.
+        routing: of tiles with ``height`` rows.
+        height: of a tile.
+        transposed: multiply by the transposed matrices, as a backward does.
+        settings: instead of the measured ones.
+    """
+    num_experts, num_rows, num_columns = w_ERC.shape
+    depth, width = (num_columns, num_rows) if transposed else (num_rows, num_columns)
+    if settings is None:
+        default = PAIRED if depth <= SHORT_DEPTH or height < 128 else WIDE
+        settings = row_settings("moe_rows", left_SK.dtype, width, depth, height, default)
+    y_SN = torch.empty((len(left_SK), width), dtype=left_SK.dtype, device=left_SK.device)
+    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
+    tma = bool(settings["TMA"]) and describable(left_SK) and describable(w_ERC)
+    tiles, columns = num_tiles(len(left_SK), num_experts, height), triton.cdiv(width, block_n)
+    _multiply_rows[(tiles * columns,)](
+        describe(left_SK, height, block_k) if tma else left_SK,
+        describe(w_ERC, 1, *((block_n, block_k) if transposed else (block_k, block_n))) if tma else w_ERC,
+        y_SN, routing.offset_E, routing.tile_N2, tiles, width, depth,
+        TRANSPOSED=transposed, EVEN=width % block_n == 0 and depth % block_k == 0, BLOCK_M=height,
+        **{**settings, "TMA": tma},
+    )  # fmt: skip
+    return y_SN
+
+
+def outer_products(
+    left_XM: Tensor,
+    right_XN: Tensor,
+    routing: Routing,
+    top_k: int,
+    *,
+    gather_left: bool,
+    settings: Settings | None = None,
+) -> Tensor:
+    """Sum over each expert's rows of left^T right: (E, M, N), zero for an expert without rows.
+
+    Args:
+        left_XM, right_XN: contiguous; one of them holds tokens, picked by the pair of a row, the other one rows.
+        routing: of any height.
+        top_k: pairs a token.
+        gather_left: whether the left one holds tokens, else the right one.
+        settings: instead of the measured ones.
+    """
+    num_experts = len(routing.offset_E) - 1
+    height, width = left_XM.shape[1], right_XN.shape[1]
+    if settings is None:
+        settings = outer_settings(left_XM.dtype, height, width, len(routing.pair_S) // num_experts)
+    dw_EMN = torch.empty((num_experts, height, width), dtype=left_XM.dtype, device=left_XM.device)
+    block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
+    tiles = triton.cdiv(height, block_m) * triton.cdiv(width, block_n)
+    _outer_products[(num_experts * tiles,)](
+        left_XM, right_XN, dw_EMN, routing.offset_E, routing.pair_S, top_k, height, width,
+        GATHER_LEFT=gather_left, EVEN=height % block_m == 0 and width % block_n == 0, **settings,
+    )  # fmt: skip
+    return dw_EMN
+
+
+def outer_settings(dtype: torch.dtype, height: int, width: int, average_rows: int) -> Settings:
+    """Measured or default settings of ``outer_products``, cut to the size of the matrices."""
+    # Indices, then rows: the pipeline spends a stage on the indices.
+    default = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 5}
+    if dtype == torch.float32:
+        default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+    found = settings_for("moe_outer", (dtype, height, width, bucket(average_rows)), default)
+    return {**found, "BLOCK_M": _cut(found["BLOCK_M"], height), "BLOCK_N": _cut(found["BLOCK_N"], width)}
+
+
+def describable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine (TMA) can load tiles of a contiguous tensor."""
+    aligned = x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
+    return aligned and x.numel() > 0 and copy_engine(x.device)
+
+
+@cache
+def copy_engine(device: torch.device) -> bool:
+    """Whether a device has one."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def describe(x: Tensor, *block: int) -> Any:
+    """A contiguous tensor as the copy engine sees it: loads of blocks, zero outside."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def descriptor_type(dtype: str, *block: int) -> str:
+    """How a signature names a described tensor."""
+    return f"tensordesc<{dtype}{list(block)}>"
+
+
+def aot_variants() -> list[Variant]:
+    """The products of the Qwen3-30B-A3B and the Mixtral layer in bfloat16, with and without the copy engine."""
+    found = []
+    for model, width, depth in (("qwen3", 2048, 768), ("mixtral", 4096, 14336)):
+        found += [_rows_variant(f"{model} down", width, depth, False, tma) for tma in (1, 0)]
+        found += [_rows_variant(f"{model} dx", width, 2 * depth, True, tma) for tma in (1, 0)]
+        found += [_outer_variant(f"{model} dup", width, 2 * depth, True)]
+        found += [_outer_variant(f"{model} ddown", depth, width, False)]
+    return found
+
+
+def _rows_variant(label: str, width: int, depth: int, transposed: bool, tma: int) -> Variant:
+    settings = {**(PAIRED if depth <= SHORT_DEPTH else WIDE), "TMA": tma}
+    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
+    block = (1, block_n, block_k) if transposed else (1, block_k, block_n)
+    signature = {
+        "left": descriptor_type("bf16", 128, block_k) if tma else "*bf16",
+        "w": descriptor_type("bf16", *block) if tma else "*bf16",
+        "y_ptr": "*bf16", "offset_ptr": "*i32", "tile_ptr": "*i32", "num_tiles": "i32", "width": "i32", "depth": "i32",
+    }  # fmt: skip
+    constants = {"TRANSPOSED": transposed, "EVEN": True, "BLOCK_M": 128}
+    label = f"{label} {'TMA' if tma else 'pointers'}"
+    return variant("moe_rows", _multiply_rows, signature, constants, ("width", "depth"), settings, label)
+
+
+def _outer_variant(label: str, height: int, width: int, gather_left: bool) -> Variant:
+    settings = outer_settings(torch.bfloat16, height, width, 1024)
+    signature = {
+        "left_ptr": "*bf16", "right_ptr": "*bf16", "dw_ptr": "*bf16", "offset_ptr": "*i32", "pair_ptr": "*i32",
+        "top_k": "i32", "height": "i32", "width": "i32",
+    }  # fmt: skip
+    constants = {"GATHER_LEFT": gather_left, "EVEN": True}
+    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), settings, label)
+
+
+def variant(
+    op: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...],
+    settings: Settings, label: str,
+) -> Variant:  # fmt: skip
+    """A variant whose settings are parted into constants and launch options."""
+    options = {name: settings[name] for name in ("num_warps", "num_stages")}
+    blocks = {name: value for name, value in settings.items() if name not in options}
+    blocks |= {"TMA": bool(blocks["TMA"])} if "TMA" in blocks else {}
+    return Variant(op, kernel, signature, {**constants, **blocks}, aligned, options, label)
+
+
+def _cut(block: int, size: int) -> int:
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def find_tile(tile_ptr, num_tiles, num_columns, GROUP: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
+        """The expert of this program (-1: none), its first row, and which column of tiles it owns."""
+        program = tl.program_id(0)
+        first = program // (GROUP * num_columns) * GROUP
+        height = tl.minimum(num_tiles - first, GROUP)
+        inside = program % (GROUP * num_columns)
+        tile = first + inside % height
+        return tl.load(tile_ptr + 2 * tile), tl.load(tile_ptr + 2 * tile + 1), inside // height
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def expert_tile(  # type: ignore[no-untyped-def, unused-ignore]
+        w, expert, row, column, num_rows, num_columns,
+        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    ):  # fmt: skip
+        """A tile of an expert's matrix; zero outside."""
+        if TMA:
+            tile = w.load([expert, row, column]).reshape(BLOCK_R, BLOCK_C)
+        else:
+            rows = tl.arange(0, BLOCK_R)[:, None]
+            columns = column + tl.arange(0, BLOCK_C)[None, :]
+            behind = (expert.to(tl.int64) * num_rows + row) * num_columns
+            w_ptrs = w + behind + (rows * num_columns + columns)  # 64 bits for the scalar, 32 within the tile
+            if EVEN:
+                tile = tl.load(w_ptrs)
+            else:
+                tile = tl.load(w_ptrs, mask=(rows < num_rows - row) & (columns < num_columns), other=0.0)
+        return tile
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def row_tile(x_ptr, rows, column, num_columns, BLOCK_C: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
+        """Columns of the rows that are listed, all of which exist; zero behind the last column."""
+        columns = column + tl.arange(0, BLOCK_C)
+        x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+        if EVEN:
+            tile = tl.load(x_ptrs)
+        else:
+            tile = tl.load(x_ptrs, mask=(columns < num_columns)[None, :], other=0.0)
+        return tile
+
+    @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator, unused-ignore]
+    def _multiply_rows(  # type: ignore[no-untyped-def, unused-ignore]
+        left, w, y_ptr, offset_ptr, tile_ptr, num_tiles, width, depth,
+        TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        expert, first, column = find_tile(tile_ptr, num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
+        if expert < 0:
+            return
+        end = tl.load(offset_ptr + expert + 1)
+        there = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)  # behind the last: repeat it, no mask
+        y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            if TMA:
+                part = left.load([first, k])
+            else:
+                part = row_tile(left, there, k, depth, BLOCK_K, EVEN)
+            if TRANSPOSED:
+                weight = expert_tile(w, expert, column * BLOCK_N, k, width, depth, BLOCK_N, BLOCK_K, EVEN, TMA).T
+            else:
+                weight = expert_tile(w, expert, k, column * BLOCK_N, depth, width, BLOCK_K, BLOCK_N, EVEN, TMA)
+            y = tl.dot(part, weight, y, input_precision="ieee")
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        y_ptrs = y_ptr + first.to(tl.int64) * width + (rows * width + columns)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows < end - first) & (columns < width))
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def _outer_products(  # type: ignore[no-untyped-def, unused-ignore]
+        left_ptr, right_ptr, dw_ptr, offset_ptr, pair_ptr, top_k, height, width,
+        GATHER_LEFT: tl.constexpr, EVEN: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        num_rows, num_columns = tl.cdiv(height, BLOCK_M), tl.cdiv(width, BLOCK_N)
+        expert = tl.program_id(0) // (num_rows * num_columns)
+        program = tl.program_id(0) % (num_rows * num_columns)
+        above = program // (GROUP * num_columns) * GROUP
+        inside = program % (GROUP * num_columns)
+        group = tl.minimum(num_rows - above, GROUP)
+        top = (above + inside % group) * BLOCK_M
+        m = top + tl.arange(0, BLOCK_M)
+        n = inside // group * BLOCK_N + tl.arange(0, BLOCK_N)
+        start = tl.load(offset_ptr + expert)
+        end = tl.load(offset_ptr + expert + 1)
+        dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for first in range(start, end, BLOCK_K):
+            rows = first + tl.arange(0, BLOCK_K)
+            mine = rows < end
+            tokens = tl.load(pair_ptr + rows, mask=mine, other=0) // top_k
+            left_rows = tokens if GATHER_LEFT else rows
+            right_rows = rows if GATHER_LEFT else tokens
+            # Both are masked: what lies behind the last row may be NaN, and 0 * NaN is not 0.
+            left_mask = mine[:, None] if EVEN else mine[:, None] & (m < height)[None, :]
+            right_mask = mine[:, None] if EVEN else mine[:, None] & (n < width)[None, :]
+            left_ptrs = left_ptr + left_rows.to(tl.int64)[:, None] * height + m[None, :]
+            right_ptrs = right_ptr + right_rows.to(tl.int64)[:, None] * width + n[None, :]
+            left = tl.load(left_ptrs, mask=left_mask, other=0.0)
+            right = tl.load(right_ptrs, mask=right_mask, other=0.0)
+            dw = tl.dot(left.T, right, dw, input_precision="ieee")
+        dw_ptrs = dw_ptr + (expert.to(tl.int64) * height + top) * width + ((m - top)[:, None] * width + n[None, :])
+        tl.store(dw_ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
