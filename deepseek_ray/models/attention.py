@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_ray.kernels.rope import rope
 from deepseek_ray.models.layers import Linear, RMSNorm
 
 
@@ -93,10 +94,11 @@ class Attention(nn.Module):
         query_BHSP, key_BHSP, value_BHSP = (self._heads(one(x_BSD)) for one in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query_BHSP, key_BHSP = self.query_norm(query_BHSP), self.key_norm(key_BHSP)
-        wave_SP = rotary_waves(x_BSD.shape[1], self.d_head, self.rope_theta, x_BSD)
+        wave_SK2 = rotary_waves(x_BSD.shape[1], self.d_head, self.rope_theta, x_BSD)
+        query_BHSP, key_BHSP = rope(query_BHSP, key_BHSP, wave_SK2)
         whole = self.window is None
         mixed_BHSP = F.scaled_dot_product_attention(
-            rotate(query_BHSP, wave_SP), rotate(key_BHSP, wave_SP), value_BHSP,
+            query_BHSP, key_BHSP, value_BHSP,
             attn_mask=None if whole else self._visible(x_BSD), is_causal=self.causal and whole, enable_gqa=True,
         )  # fmt: skip
         y_BSD: Tensor = self.output(mixed_BHSP.transpose(1, 2).flatten(2))
@@ -115,14 +117,7 @@ class Attention(nn.Module):
 
 
 def rotary_waves(length: int, d_head: int, theta: float, like: Tensor) -> Tensor:
-    """Unit vectors exp(i * position * theta^(-2k/P)) as (S, P/2, 2), in ``like``'s type and on its device."""
+    """Unit vectors exp(i * position * theta^(-2k/P)) as (S, P/2, 2), in ``like``'s type or float32, on its device."""
     rate_K = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device=like.device) / d_head)
     angle_SK = torch.arange(length, dtype=torch.float64, device=like.device)[:, None] * rate_K
-    return torch.stack([angle_SK.cos(), angle_SK.sin()], dim=-1).to(like.dtype)
-
-
-def rotate(x_BHSP: Tensor, wave_SK2: Tensor) -> Tensor:
-    """Turn each pair (k, k + P/2) of a head by its angle; same shape."""
-    first, second = x_BHSP.chunk(2, dim=-1)
-    cosine_SK, sine_SK = wave_SK2.unbind(-1)
-    return torch.cat([first * cosine_SK - second * sine_SK, second * cosine_SK + first * sine_SK], dim=-1)
+    return torch.stack([angle_SK.cos(), angle_SK.sin()], dim=-1).to(torch.promote_types(like.dtype, torch.float32))

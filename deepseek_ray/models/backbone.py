@@ -42,19 +42,20 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleDict({str(number): Block(config, number) for number in numbers})
         self.head = SequenceHead(config) if config.num_layers - 1 in numbers else None
 
-    def forward(self, x: Tensor, key_B: Tensor | None = None) -> Tensor:
-        """Input or hidden states (B, S, D) -> hidden states or logits.
+    def forward(self, x: Tensor, key_B: Tensor | None = None, target_BS: Tensor | None = None) -> Tensor:
+        """Input or hidden states (B, S, D) -> hidden states, logits, or losses where there are targets.
 
         Args:
             x: what the adapter takes, on a first stage; else hidden states.
             key_B: models/dropout.py's keys of the samples; needed in training where there is dropout.
+            target_BS: next tokens, for a model with its head.
         """
         if self.adapter is not None:
             x = self.adapter(x)
         for layer in self.layers.values():
             x = layer(x, key_B)
         if self.head is not None:
-            x = self.head(x)
+            x = self.head(x, target_BS)
         return x
 
     def set_recompute(self, mode: Recompute) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from deepseek_ray.kernels.rms_norm import rms_norm
+from deepseek_ray.kernels.swiglu import swiglu
 from deepseek_ray.models.recompute import recomputed
 
 
@@ -75,5 +76,4 @@ class SwiGLU(nn.Module):
 
 
 def _gated(up: Tensor, down_DH: Tensor) -> Tensor:
-    gate, value = up.chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * value, down_DH)
+    return F.linear(swiglu(up), down_DH)

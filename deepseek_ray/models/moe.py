@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.fused_moe import fused_moe
+from deepseek_ray.kernels.swiglu import swiglu
 from deepseek_ray.models.layers import SwiGLU, local
 from deepseek_ray.models.recompute import recomputed
 from deepseek_ray.models.router import Router
@@ -49,6 +52,9 @@ class MoE(nn.Module):
         if expert_TK.numel() <= FEW_PAIRS and self.exchange is None and not torch.is_grad_enabled():
             y = self.experts.each(x_TD, gate_TK, expert_TK).view_as(x)
             return y if self.shared is None else y + self.shared(x)
+        if self.exchange is None and use_triton(x_TD):
+            y = self.experts(x_TD, choice=(expert_TK, gate_TK)).view_as(x)
+            return y if self.shared is None else y + self.shared(x)
         slot_S = expert_TK.flatten()
         order_S = slot_S.argsort(stable=True)
         token_S = order_S // self.router.top_k
@@ -77,23 +83,36 @@ class Experts(nn.Module):
         self.down_EID = nn.Parameter(_uniform(num_experts, d_expert, d_model, fan_in=d_expert))
         self.recompute = False
 
-    def forward(self, x_sD: Tensor, count_e: Tensor) -> Tensor:
-        """Rows sorted by expert -> their outputs (s, D); a summand of them where I is sharded."""
-        up_s2I = grouped_matmul(x_sD, local(self.up_ED2I).flatten(2), count_e)
-        down_eID = local(self.down_EID)
+    def forward(
+        self, x: Tensor, count_e: Tensor | None = None, *, choice: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Outputs of rows, or gated sums of tokens; a summand of them where I is sharded.
+
+        Args:
+            x: rows sorted by expert (s, D), or tokens (T, D).
+            count_e: rows an expert.
+            choice: experts and gates of each token (T, K), instead of counts, where Triton kernels sort by themselves.
+        """
+        up_eD2I, down_eID = local(self.up_ED2I), local(self.down_EID)
+        if choice is not None:
+            return fused_moe(x, *choice, up_eD2I, down_eID)
+        assert count_e is not None
+        if use_triton(x):
+            number_e = torch.arange(len(count_e), device=x.device)
+            expert_s1 = number_e.repeat_interleave(count_e, output_size=len(x)).unsqueeze(1)
+            return fused_moe(x, expert_s1, torch.ones_like(expert_s1, dtype=x.dtype), up_eD2I, down_eID)
+        up_s2I = grouped_matmul(x, up_eD2I.flatten(2), count_e)
         return recomputed(_gated, up_s2I, down_eID, count_e) if self.recompute else _gated(up_s2I, down_eID, count_e)
 
     def each(self, x_TD: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """The gated sum (T, D) of each token's experts, pair by pair, without sorting: for a few tokens."""
         up_TK2I = (x_TD[:, None, None] @ local(self.up_ED2I).flatten(2)[expert_TK]).squeeze(2)
-        gate_TKI, value_TKI = up_TK2I.chunk(2, dim=-1)
-        y_TKD = ((F.silu(gate_TKI) * value_TKI).unsqueeze(2) @ local(self.down_EID)[expert_TK]).squeeze(2)
+        y_TKD = (swiglu(up_TK2I).unsqueeze(2) @ local(self.down_EID)[expert_TK]).squeeze(2)
         return (y_TKD * gate_TK.unsqueeze(-1)).sum(1)
 
 
 def _gated(up_s2I: Tensor, down_eID: Tensor, count_e: Tensor) -> Tensor:
-    gate_sI, value_sI = up_s2I.chunk(2, dim=-1)
-    return grouped_matmul(F.silu(gate_sI) * value_sI, down_eID, count_e)
+    return grouped_matmul(swiglu(up_s2I), down_eID, count_e)
 
 
 def grouped_matmul(x_SD: Tensor, w_EDI: Tensor, count_E: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from deepseek_ray.config_moe import MoEConfig
+from deepseek_ray.kernels.dispatch import use_triton
 from deepseek_ray.models.backbone import Backbone, Block, init_weights
 from deepseek_ray.models.heads.sequence import SequenceHead
 from deepseek_ray.models.moe import MoE
@@ -82,12 +83,18 @@ class SpreadModel:
         (model,) = self.parts.values()
         count = num_micro_batches(self.config)
         losses = []
+        fused = self.config.backbone.head == "language" and self.config.parallel.tp == 1
+        fused = fused and use_triton(torch.empty(1, dtype=self.compute, device=self.device))
         for number, (rows, goal) in enumerate(zip(x.chunk(count), target.chunk(count), strict=True)):
             if isinstance(model, FSDPModule):  # gradients cross processes once a step
                 model.set_is_last_backward(number == count - 1)
                 model.set_requires_gradient_sync(number == count - 1)
             with nullcontext() if self.mesh else shard.computing_in(model, self.compute):
-                loss = self._loss(model(rows, **{k: v.chunk(count)[number] for k, v in keys.items()}), goal)
+                extra = {k: v.chunk(count)[number] for k, v in keys.items()}
+                if fused:
+                    loss = self._share(model(rows, target_BS=goal, **extra))
+                else:
+                    loss = self._loss(model(rows, **extra), goal)
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss)
         return losses
@@ -98,8 +105,11 @@ class SpreadModel:
         split = self.mesh.group("tp") if self.mesh and tp > 1 and not pooled else None
         each = tensor.cross_entropy(logit.flatten(0, -2), target.flatten(), split)
         # a pooled head repeats its work on every process of tp: each contributes its part of the gradient
-        copies = tp if pooled else 1
-        return each.sum() * (self.loss_scale / (self._targets() * copies))
+        return self._share(each) / (tp if pooled else 1)
+
+    def _share(self, loss: Tensor) -> Tensor:
+        """Summed losses of some targets, as a share of the mean over all, scaled."""
+        return loss.sum() * (self.loss_scale / self._targets())
 
     def _targets(self) -> int:
         rows = self.config.step.batch_size

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_ray.kernels import rope as module
 from deepseek_ray.kernels.rope import rope, rope_ref
-from deepseek_ray.models.attention import rotary_waves, rotate
+from deepseek_ray.models.attention import rotary_waves
 from tests.kernels.checks import DEVICE, needs_kernels
 from tests.kernels.rowwise import assert_compiles, assert_equals_reference, randn, with_kernels  # noqa: F401
 
@@ -25,13 +25,6 @@ def on(wave: Tensor, position: Tensor | None = None) -> tuple[Callable[..., obje
     """The op and its reference as functions of query and key alone."""
     wide = wave.double()
     return lambda q, k: rope(q, k, wave, position), lambda q, k: rope_ref(q, k, wide, position)
-
-
-def test_the_reference_is_the_models_own_rotation() -> None:
-    query, key, wave = torch.randn(2, 4, 7, 6).double(), torch.randn(2, 2, 7, 6).double(), waves(9, 6, torch.float64)
-    turned = rope_ref(query, key, wave.cpu())
-    assert torch.equal(turned[0], rotate(query, wave[:7].cpu()))
-    assert torch.equal(turned[1], rotate(key, wave[:7].cpu()))
 
 
 def test_the_reference_is_a_product_of_complex_numbers_at_each_position() -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.rms_norm import EPS
-from deepseek_ray.models.attention import Attention, TemporalAttention, rotary_waves, rotate
+from deepseek_ray.kernels.rope import rope
+from deepseek_ray.models.attention import Attention, TemporalAttention, rotary_waves
 from deepseek_ray.models.events import SequenceAdapter
 from deepseek_ray.models.layers import Linear, RMSNorm
 
@@ -150,7 +151,7 @@ def test_rotation_keeps_norms_and_products_depend_on_the_distance_only() -> None
     torch.manual_seed(0)
     query_P, key_P = torch.randn(2, 8, dtype=torch.float64)
     wave_SK2 = rotary_waves(40, 8, 100.0, query_P)
-    query_SP, key_SP = (rotate(one.expand(40, 8), wave_SK2) for one in (query_P, key_P))
+    query_SP, key_SP = (one[0, 0] for one in rope(query_P.expand(1, 1, 40, 8), key_P.expand(1, 1, 40, 8), wave_SK2))
     torch.testing.assert_close(query_SP.norm(dim=-1), query_P.norm().expand(40))
     product_SS = query_SP @ key_SP.T
     for distance in (-7, 0, 3, 20):

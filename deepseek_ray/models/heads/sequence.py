@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from deepseek_ray.config_moe import BackboneConfig
-from deepseek_ray.models.layers import Linear, RMSNorm
+from deepseek_ray.kernels.linear_cross_entropy import linear_cross_entropy
+from deepseek_ray.models.layers import Linear, RMSNorm, local
 
 
 class SequenceHead(nn.Module):
@@ -20,9 +21,13 @@ class SequenceHead(nn.Module):
         self.norm = RMSNorm(config.d_model)
         self.logits = Logits(config.d_model, config.num_classes if self.pool else config.vocab_size, pool=self.pool)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> logits (B, S, V), or (B, V) for classes."""
-        y: Tensor = self.logits(self.norm(x_BSD))
+    def forward(self, x_BSD: Tensor, target_BS: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> logits (B, S, V), or (B, V) for classes; with targets, the loss (B, S) without any logits."""
+        h_BSD = self.norm(x_BSD)
+        if target_BS is not None:
+            weight_VD = local(self.logits.project.weight_OD)
+            return linear_cross_entropy(h_BSD, weight_VD, target_BS, reduction="none")
+        y: Tensor = self.logits(h_BSD)
         return y
 
 
