@@ -125,14 +125,21 @@ def check_devices() -> Check:
 
 
 def check_kernels() -> Check:
-    """How the operations of kernels/ run here: compiled by Triton, interpreted, or their plain torch reference."""
-    if importlib.util.find_spec("triton") is None:
-        return Check("kernels", "warning", "plain torch (triton is not installed)", "pip install triton (Linux only)")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return Check("kernels", "warning", "Triton interpreter: slow", "unset TRITON_INTERPRET outside kernel tests")
-    import torch
+    """How the operations of kernels/ run here: by Triton or plain torch, why, and with which launch settings."""
+    from deepseek_ray.kernels import dispatch, tuning
 
-    return Check("kernels", "ok", "Triton" if torch.cuda.is_available() else "plain torch (no accelerator)")
+    fix = f"set {dispatch.VARIABLE} to one of {', '.join(dispatch.CHOICES)}"
+    try:
+        choice, table = dispatch.choice(), tuning.file()
+        measured = tuning.count()
+    except ValueError as error:
+        return Check("kernels", "broken", str(error), fix)
+    if dispatch.interpreting():
+        return Check("kernels", "warning", "Triton's interpreter: slow", "unset TRITON_INTERPRET outside kernel tests")
+    value = f"{choice.backend}: {choice.why}"
+    if choice.backend == "triton":
+        value += f"; {measured} measured settings in {table}" if table else "; default settings"
+    return Check("kernels", "ok", value)
 
 
 def check_disk(folder: Path) -> Check:

@@ -72,6 +72,11 @@ def digest() -> str:
     return hashlib.sha256(json.dumps(_table(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def count() -> int:
+    """How many shapes were measured."""
+    return len(_table())
+
+
 def file() -> Path | None:
     """Where the settings of this GPU and these versions are kept; None when switched off."""
     wanted = os.environ.get(VARIABLE, "")

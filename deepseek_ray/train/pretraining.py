@@ -13,7 +13,8 @@ from torch import distributed as dist
 
 from deepseek_ray.config_moe import BackboneConfig, MoEConfig
 from deepseek_ray.data.samples import Samples
-from deepseek_ray.errors import ConfigError
+from deepseek_ray.errors import ConfigError, EnvironmentProblemError
+from deepseek_ray.kernels import dispatch, tuning
 from deepseek_ray.parallel.apply import SpreadModel
 from deepseek_ray.parallel.exchange import GradientExchange, TopK
 from deepseek_ray.parallel.mesh import Mesh
@@ -40,11 +41,28 @@ def make_stepper(
 
     Raises:
         ConfigError: the settings ask for a parameter server where there is no cluster.
+        EnvironmentProblemError: processes of the mesh would run other kernels, or other settings of them.
     """
+    _agree_on_kernels()
     mesh = Mesh.build(config.parallel, device.type) if dist.is_initialized() else None
     weights, compute = precision_of(config.step.precision, device)
     model = SpreadModel(config, mesh, device, weights, compute)
     return Stepper(config, model, samples, _make_exchange(config, mesh, make_server))
+
+
+def _agree_on_kernels() -> None:
+    """Another kernel rounds in another way: replicas would drift apart."""
+    if not dist.is_initialized():
+        return
+    mine = (dispatch.choice().backend, tuning.digest())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    others = {f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one != everyone[0]}
+    if others:
+        raise EnvironmentProblemError(
+            f"Processes run other kernels than rank 0 with {everyone[0]}: {', '.join(sorted(others))}.",
+            fix=f"give all nodes the same {dispatch.VARIABLE} and {tuning.VARIABLE}",
+        )
 
 
 def _make_exchange(config: MoEConfig, mesh: Mesh | None, make_server: MakeServer | None) -> GradientExchange | None:

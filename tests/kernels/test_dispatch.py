@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from deepseek_ray import doctor
 from deepseek_ray.kernels import dispatch
 
 
@@ -43,3 +44,13 @@ def test_cpu_tensors_take_kernels_only_where_they_are_asked_for(monkeypatch: pyt
     assert dispatch.use_triton(torch.ones(2))
     assert not dispatch.use_triton(torch.ones(2, dtype=torch.float64))
     assert not dispatch.use_triton(torch.ones(0))
+
+
+def test_the_doctor_says_which_backend_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    assert doctor.check_kernels().value == "torch: DEEPSEEK_RAY_KERNELS=torch"
+    dispatch.choice.cache_clear()
+    monkeypatch.setenv(dispatch.VARIABLE, "metal")
+    assert doctor.check_kernels().state == "broken"
+    assert "auto, triton, torch" in doctor.check_kernels().fix

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek_ray.data.samples import RandomSamples
+from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.kernels import tuning
+from deepseek_ray.parallel.launch import run_processes
+from deepseek_ray.presets_moe import load_moe_preset
+from deepseek_ray.train.pretraining import make_stepper
 
 DEFAULT = {"BLOCK": 64}
 SHAPE = (torch.bfloat16, 2048, 768)
@@ -58,3 +63,24 @@ def test_nothing_that_runs_is_an_error() -> None:
 
 def test_sizes_share_buckets() -> None:
     assert [tuning.bucket(size) for size in (1, 2, 3, 4, 5, 1000, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 1024, 2048]
+
+
+def with_own_settings() -> str:
+    rank = torch.distributed.get_rank()
+    if rank == 1:
+        tuning._table.cache_clear()
+        tuning.tune("gemm", SHAPE, [{"BLOCK": 32}], measured)
+    config = load_moe_preset("debug_moe", overrides=["parallel.dp_shard=2"])
+    samples = RandomSamples(config.backbone, config.corpus.seq_len, config.seed)
+    try:
+        make_stepper(config, samples, torch.device("cpu"))
+    except EnvironmentProblemError as error:
+        return error.message
+    return ""
+
+
+def test_processes_of_a_mesh_must_agree_on_their_settings() -> None:
+    tuning.digest()  # read before: rank 0 knows no settings
+    for message in run_processes(2, with_own_settings):
+        assert "other kernels than rank 0" in message
+        assert "rank 1" in message
