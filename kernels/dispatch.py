@@ -60,7 +60,12 @@ def use_triton(*tensors: Tensor) -> bool:
     """
     if any(tensor.dtype == torch.float64 for tensor in tensors) or not all(tensor.numel() for tensor in tensors):
         return False
-    if not tensors[0].is_cuda and not (interpreting() and os.environ.get(VARIABLE) == "triton"):
+    return _runs_triton(tensors[0].is_cuda)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _runs_triton(on_gpu: bool) -> bool:
+    if not on_gpu and not (interpreting() and os.environ.get(VARIABLE) == "triton"):
         return False
     return choice().backend == "triton"
 

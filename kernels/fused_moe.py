@@ -12,6 +12,8 @@ sorted by expert (moe_routing.py). h = pre-activation, a = activation, g = gate 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +28,19 @@ except ImportError:  # not on every platform; the reference then serves
 
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
-from deepseek_ray.kernels.grouped_gemm import block_rows, multiply_rows, outer_products
+from deepseek_ray.kernels.grouped_gemm import (
+    OUTER_CANDIDATES,
+    ROW_CANDIDATES,
+    block_rows,
+    multiply_rows,
+    outer_class,
+    outer_products,
+    row_class,
+)
 from deepseek_ray.kernels.moe_routing import Routing, empty_routing, route
+from deepseek_ray.kernels.moe_swiglu import CANDIDATES as SWIGLU_CANDIDATES
 from deepseek_ray.kernels.moe_swiglu import backward_of_activation, project_up
+from deepseek_ray.kernels.tuning import Settings, tune
 
 _COMBINE = 1024
 _PAIRS = 256
@@ -107,7 +119,8 @@ def _swiglu(h_S2I: Tensor) -> Tensor:
 def _composed(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> Tensor:
     """Sorted rows through torch's grouped products where those are legal, else the reference."""
     if not _grouped_is_legal(x_TD, up_ED2I, down_EID) or not expert_TK.numel():
-        return fused_moe_ref(x_TD, expert_TK, gate_TK, up_ED2I, down_EID)
+        fixed_shapes = torch.compiler.is_compiling() or x_TD.is_meta
+        return (_dense if fixed_shapes else fused_moe_ref)(x_TD, expert_TK, gate_TK, up_ED2I, down_EID)
     num_experts, top_k = len(up_ED2I), expert_TK.shape[1]
     choice_S = expert_TK.flatten().long()
     choice_S = torch.where((choice_S >= 0) & (choice_S < num_experts), choice_S, num_experts)
@@ -119,9 +132,18 @@ def _composed(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor,
     x_SD = torch.where(kept_S1, x_TD[order_S // top_k], 0)
     a_SI = _swiglu(torch.where(kept_S1, F.grouped_mm(x_SD, up_ED2I.flatten(2), offs=offset_E), 0))
     y_SD = torch.where(kept_S1, F.grouped_mm(a_SI, down_EID, offs=offset_E), 0)
-    y_TKD = y_SD[order_S.argsort()].unflatten(0, expert_TK.shape)
+    y_TKD = y_SD[order_S.argsort()].view(*expert_TK.shape, -1)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     return (y_TKD * gate_TK.to(wide).unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+
+def _dense(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> Tensor:
+    """Every expert on every token: slow, but its shapes are known to a compiler."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for expert in range(len(up_ED2I)):
+        gate_T1 = torch.where(expert_TK == expert, gate_TK, 0).sum(1, keepdim=True).to(y_TD.dtype)
+        y_TD = y_TD + _swiglu(x_TD @ up_ED2I[expert].flatten(1)) @ down_EID[expert] * gate_T1
+    return y_TD.to(x_TD.dtype)
 
 
 def _grouped_is_legal(x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> bool:
@@ -227,6 +249,59 @@ def sum_parts(part_SN: Tensor, routing: Routing, gate_TK: Tensor) -> Tensor:
     num_pairs, num_parts = part_SN.shape
     _sum_parts[(triton.cdiv(num_pairs, _PAIRS),)](part_SN, routing.row_S, dgate_TK, num_pairs, num_parts, BLOCK=_PAIRS)
     return dgate_TK
+
+
+def tune_fused_moe(
+    num_tokens: int, width: int, hidden: int, num_experts: int, top_k: int,
+    dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+) -> list[tuple[str, Settings]]:  # fmt: skip
+    """Measure the products of a layer on this GPU with balanced routing and keep the fastest settings.
+
+    Args:
+        num_tokens: T.
+        width: D.
+        hidden: I.
+        num_experts: E.
+        top_k: K.
+        dtype: of tokens and weights.
+        device: a GPU.
+
+    Returns:
+        Kernel and settings, as kept in the file of tuning.py.
+    """
+    x_TD, up_ED2I, down_EID = (
+        torch.randn(size, dtype=dtype, device=device) / width**0.5
+        for size in ((num_tokens, width), (num_experts, width, 2, hidden), (num_experts, hidden, width))
+    )
+    gate_TK, expert_TK = torch.rand(num_tokens, num_experts, device=device).topk(top_k)
+    num_pairs = expert_TK.numel()
+    height = block_rows(num_pairs, num_experts, dtype)
+    routing = route(expert_TK, num_experts, height)
+    h_S2I, a_SI = project_up(x_TD, up_ED2I, routing, height, keep=True)
+    up_EDC, narrow, wide = up_ED2I.flatten(2), (width, hidden, height), (hidden, width, height)
+    outer = [outer_class(dtype, *size, num_pairs // num_experts) for size in ((width, 2 * hidden), (hidden, width))]
+    works: list[tuple[str, tuple[object, ...], list[Settings], Callable[[Settings], object]]] = [
+        ("moe_up", row_class(dtype, *wide), SWIGLU_CANDIDATES,
+         lambda s: project_up(x_TD, up_ED2I, routing, height, keep=True, settings=s)),
+        ("moe_activation", row_class(dtype, *wide), SWIGLU_CANDIDATES,
+         lambda s: backward_of_activation(x_TD, down_EID, h_S2I, gate_TK, routing, height, settings=s)),
+        ("moe_rows", row_class(dtype, *narrow), ROW_CANDIDATES,
+         lambda s: multiply_rows(a_SI, down_EID, routing, height, transposed=False, settings=s)),
+        ("moe_rows_transposed", row_class(dtype, width, 2 * hidden, height), ROW_CANDIDATES,
+         lambda s: multiply_rows(h_S2I, up_EDC, routing, height, transposed=True, settings=s)),
+        ("moe_outer", outer[0], OUTER_CANDIDATES,
+         lambda s: outer_products(x_TD, h_S2I, routing, top_k, gather_left=True, settings=s)),
+        ("moe_outer", outer[1], OUTER_CANDIDATES,
+         lambda s: outer_products(a_SI, x_TD, routing, top_k, gather_left=False, settings=s)),
+    ]  # fmt: skip
+    return [(op, tune(op, shape, candidates, partial(_seconds, launch))) for op, shape, candidates, launch in works]
+
+
+def _seconds(launch: Callable[[Settings], object], settings: Settings) -> float:
+    try:
+        return float(triton.testing.do_bench(lambda: launch(settings), return_mode="median")) / 1e3
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def aot_variants() -> list[Variant]:

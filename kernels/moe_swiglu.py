@@ -180,19 +180,25 @@ if triton is not None:
             da = tl.dot(dy, down.T, da, input_precision="ieee")
         router = tl.load(router_ptr + pairs).to(tl.float32)
         # By quarters, so that the epilogue finds room in registers beside da.
-        WIDTH: tl.constexpr = BLOCK_N // 4
+        HALF: tl.constexpr = BLOCK_N // 2
         left, right = _halves(da, BLOCK_M, BLOCK_N)
-        da_0, da_1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-        da_2, da_3 = _halves(right, BLOCK_M, BLOCK_N // 2)
-        part = _through_swiglu(da_0, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, WIDTH)
-        part += _through_swiglu(da_1, router, h_ptr, dh_ptr, a_ptr, first, end, n + WIDTH, width, BLOCK_M, WIDTH)
-        part += _through_swiglu(da_2, router, h_ptr, dh_ptr, a_ptr, first, end, n + 2 * WIDTH, width, BLOCK_M, WIDTH)
-        part += _through_swiglu(da_3, router, h_ptr, dh_ptr, a_ptr, first, end, n + 3 * WIDTH, width, BLOCK_M, WIDTH)
+        part = _half_through_swiglu(left, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, HALF)
+        part += _half_through_swiglu(right, router, h_ptr, dh_ptr, a_ptr, first, end, n + HALF, width, BLOCK_M, HALF)
         tl.store(part_ptr + rows.to(tl.int64) * num_columns + column, part, mask=rows < end)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
         return x.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def _half_through_swiglu(  # type: ignore[no-untyped-def, unused-ignore]
+        da, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    ):
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = _halves(da, BLOCK_M, BLOCK_N)
+        part = _through_swiglu(left, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, HALF)
+        part += _through_swiglu(right, router, h_ptr, dh_ptr, a_ptr, first, end, n + HALF, width, BLOCK_M, HALF)
+        return part
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _through_swiglu(  # type: ignore[no-untyped-def, unused-ignore]
