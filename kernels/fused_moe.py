@@ -12,6 +12,8 @@ sorted by expert (moe_routing.py). h = pre-activation, a = activation, g = gate 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,24 +29,21 @@ except ImportError:  # not on every platform; the reference then serves
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
 from deepseek_ray.kernels.grouped_gemm import (
+    OUTER_CANDIDATES,
+    ROW_CANDIDATES,
     block_rows,
-    describable,
-    describe,
-    descriptor_type,
     multiply_rows,
+    outer_class,
     outer_products,
-    row_settings,
-    variant,
+    row_class,
 )
-from deepseek_ray.kernels.moe_routing import Routing, empty_routing, num_tiles, route
-from deepseek_ray.kernels.tuning import Settings
+from deepseek_ray.kernels.moe_routing import Routing, empty_routing, route
+from deepseek_ray.kernels.moe_swiglu import CANDIDATES as SWIGLU_CANDIDATES
+from deepseek_ray.kernels.moe_swiglu import backward_of_activation, project_up
+from deepseek_ray.kernels.tuning import Settings, tune
 
-if triton is not None:
-    from deepseek_ray.kernels.grouped_gemm import expert_tile, find_tile, row_tile
-
-UP = {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 8, "num_stages": 3}
-ACTIVATION = {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 8, "num_stages": 3}
 _COMBINE = 1024
+_PAIRS = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -120,7 +119,8 @@ def _swiglu(h_S2I: Tensor) -> Tensor:
 def _composed(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> Tensor:
     """Sorted rows through torch's grouped products where those are legal, else the reference."""
     if not _grouped_is_legal(x_TD, up_ED2I, down_EID) or not expert_TK.numel():
-        return fused_moe_ref(x_TD, expert_TK, gate_TK, up_ED2I, down_EID)
+        fixed_shapes = torch.compiler.is_compiling() or x_TD.is_meta
+        return (_dense if fixed_shapes else fused_moe_ref)(x_TD, expert_TK, gate_TK, up_ED2I, down_EID)
     num_experts, top_k = len(up_ED2I), expert_TK.shape[1]
     choice_S = expert_TK.flatten().long()
     choice_S = torch.where((choice_S >= 0) & (choice_S < num_experts), choice_S, num_experts)
@@ -132,9 +132,18 @@ def _composed(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor,
     x_SD = torch.where(kept_S1, x_TD[order_S // top_k], 0)
     a_SI = _swiglu(torch.where(kept_S1, F.grouped_mm(x_SD, up_ED2I.flatten(2), offs=offset_E), 0))
     y_SD = torch.where(kept_S1, F.grouped_mm(a_SI, down_EID, offs=offset_E), 0)
-    y_TKD = y_SD[order_S.argsort()].unflatten(0, expert_TK.shape)
+    y_TKD = y_SD[order_S.argsort()].view(*expert_TK.shape, -1)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     return (y_TKD * gate_TK.to(wide).unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+
+def _dense(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> Tensor:
+    """Every expert on every token: slow, but its shapes are known to a compiler."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for expert in range(len(up_ED2I)):
+        gate_T1 = torch.where(expert_TK == expert, gate_TK, 0).sum(1, keepdim=True).to(y_TD.dtype)
+        y_TD = y_TD + _swiglu(x_TD @ up_ED2I[expert].flatten(1)) @ down_EID[expert] * gate_T1
+    return y_TD.to(x_TD.dtype)
 
 
 def _grouped_is_legal(x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> bool:
@@ -222,49 +231,6 @@ def _differentiate(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[T
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def project_up(
-    x_TD: Tensor, up_ED2I: Tensor, routing: Routing, height: int, *, keep: bool, settings: Settings | None = None
-) -> tuple[Tensor, Tensor]:
-    """(h_S2I or nothing unless ``keep``, a_SI) of gathered rows; both undefined for rows that no expert takes."""
-    num_experts, depth, _, width = up_ED2I.shape
-    num_rows = len(routing.pair_S)
-    settings = settings or row_settings("moe_up", x_TD.dtype, width, depth, height, UP)
-    h_S2I = torch.empty((num_rows if keep else 0, 2 * width), dtype=x_TD.dtype, device=x_TD.device)
-    a_SI = torch.empty((num_rows, width), dtype=x_TD.dtype, device=x_TD.device)
-    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
-    up_EDC = up_ED2I.flatten(2)
-    tma = bool(settings["TMA"]) and describable(up_EDC) and describable(a_SI)
-    tiles, columns = num_tiles(num_rows, num_experts, height), triton.cdiv(width, block_n)
-    _project_up[(tiles * columns,)](
-        x_TD, describe(up_EDC, 1, block_k, block_n) if tma else up_EDC, h_S2I, a_SI,
-        routing.offset_E, routing.pair_S, routing.tile_N2, tiles, num_rows // len(x_TD), width, depth,
-        KEEP=keep, EVEN=width % block_n == 0 and depth % block_k == 0, BLOCK_M=height, **{**settings, "TMA": tma},
-    )  # fmt: skip
-    return h_S2I, a_SI
-
-
-def backward_of_activation(
-    dy_TD: Tensor, down_EID: Tensor, h_S2I: Tensor, gate_TK: Tensor, routing: Routing, height: int,
-    settings: Settings | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dh_S2I, gate * a_SI, one summand of the gate's gradient for each row and tile of columns)."""
-    num_experts, width, depth = down_EID.shape
-    settings = settings or row_settings("moe_activation", dy_TD.dtype, width, depth, height, ACTIVATION)
-    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
-    tiles, columns = num_tiles(len(h_S2I), num_experts, height), triton.cdiv(width, block_n)
-    dh_S2I = torch.empty_like(h_S2I)
-    a_SI = torch.empty((len(h_S2I), width), dtype=h_S2I.dtype, device=h_S2I.device)
-    part_SN = torch.empty((len(h_S2I), columns), dtype=torch.float32, device=h_S2I.device)
-    tma = bool(settings["TMA"]) and describable(down_EID)
-    _backward_of_activation[(tiles * columns,)](
-        dy_TD, describe(down_EID, 1, block_n, block_k) if tma else down_EID,
-        h_S2I, gate_TK, dh_S2I, a_SI, part_SN,
-        routing.offset_E, routing.pair_S, routing.tile_N2, tiles, gate_TK.shape[1], width, depth,
-        EVEN=width % block_n == 0 and depth % block_k == 0, BLOCK_M=height, **{**settings, "TMA": tma},
-    )  # fmt: skip
-    return dh_S2I, a_SI, part_SN
-
-
 def combine(y_SD: Tensor, routing: Routing, gate_TK: Tensor | None, top_k: int) -> Tensor:
     """Each token's sum of its rows, times their gates if there are some, in the order of its choices."""
     num_tokens, width = len(y_SD) // top_k, y_SD.shape[1]
@@ -281,139 +247,75 @@ def sum_parts(part_SN: Tensor, routing: Routing, gate_TK: Tensor) -> Tensor:
     """Gradient of the gates; 0 for a pair that no expert takes."""
     dgate_TK = torch.empty_like(gate_TK)
     num_pairs, num_parts = part_SN.shape
-    block = 256
-    _sum_parts[(triton.cdiv(num_pairs, block),)](part_SN, routing.row_S, dgate_TK, num_pairs, num_parts, BLOCK=block)
+    _sum_parts[(triton.cdiv(num_pairs, _PAIRS),)](part_SN, routing.row_S, dgate_TK, num_pairs, num_parts, BLOCK=_PAIRS)
     return dgate_TK
 
 
+def tune_fused_moe(
+    num_tokens: int, width: int, hidden: int, num_experts: int, top_k: int,
+    dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+) -> list[tuple[str, Settings]]:  # fmt: skip
+    """Measure the products of a layer on this GPU with balanced routing and keep the fastest settings.
+
+    Args:
+        num_tokens: T.
+        width: D.
+        hidden: I.
+        num_experts: E.
+        top_k: K.
+        dtype: of tokens and weights.
+        device: a GPU.
+
+    Returns:
+        Kernel and settings, as kept in the file of tuning.py.
+    """
+    x_TD, up_ED2I, down_EID = (
+        torch.randn(size, dtype=dtype, device=device) / width**0.5
+        for size in ((num_tokens, width), (num_experts, width, 2, hidden), (num_experts, hidden, width))
+    )
+    gate_TK, expert_TK = torch.rand(num_tokens, num_experts, device=device).topk(top_k)
+    num_pairs = expert_TK.numel()
+    height = block_rows(num_pairs, num_experts, dtype)
+    routing = route(expert_TK, num_experts, height)
+    h_S2I, a_SI = project_up(x_TD, up_ED2I, routing, height, keep=True)
+    up_EDC, narrow, wide = up_ED2I.flatten(2), (width, hidden, height), (hidden, width, height)
+    outer = [outer_class(dtype, *size, num_pairs // num_experts) for size in ((width, 2 * hidden), (hidden, width))]
+    works: list[tuple[str, tuple[object, ...], list[Settings], Callable[[Settings], object]]] = [
+        ("moe_up", row_class(dtype, *wide), SWIGLU_CANDIDATES,
+         lambda s: project_up(x_TD, up_ED2I, routing, height, keep=True, settings=s)),
+        ("moe_activation", row_class(dtype, *wide), SWIGLU_CANDIDATES,
+         lambda s: backward_of_activation(x_TD, down_EID, h_S2I, gate_TK, routing, height, settings=s)),
+        ("moe_rows", row_class(dtype, *narrow), ROW_CANDIDATES,
+         lambda s: multiply_rows(a_SI, down_EID, routing, height, transposed=False, settings=s)),
+        ("moe_rows_transposed", row_class(dtype, width, 2 * hidden, height), ROW_CANDIDATES,
+         lambda s: multiply_rows(h_S2I, up_EDC, routing, height, transposed=True, settings=s)),
+        ("moe_outer", outer[0], OUTER_CANDIDATES,
+         lambda s: outer_products(x_TD, h_S2I, routing, top_k, gather_left=True, settings=s)),
+        ("moe_outer", outer[1], OUTER_CANDIDATES,
+         lambda s: outer_products(a_SI, x_TD, routing, top_k, gather_left=False, settings=s)),
+    ]  # fmt: skip
+    return [(op, tune(op, shape, candidates, partial(_seconds, launch))) for op, shape, candidates, launch in works]
+
+
+def _seconds(launch: Callable[[Settings], object], settings: Settings) -> float:
+    try:
+        return float(triton.testing.do_bench(lambda: launch(settings), return_mode="median")) / 1e3
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
 def aot_variants() -> list[Variant]:
-    """The kernels of this file for bfloat16, with and without Hopper's copy engine; sizes are not compiled in."""
-    found = [_tile_variant("up", _project_up, UP, tma, {"KEEP": keep}) for keep in (True, False) for tma in (1, 0)]
-    found += [_tile_variant("backward of activation", _backward_of_activation, ACTIVATION, tma, {}) for tma in (1, 0)]
+    """The two small kernels of this file; the products are listed where they are."""
     combined = {"y_ptr": "*bf16", "router_ptr": "*fp32", "out_ptr": "*bf16", "row_ptr": "*i32", "top_k": "i32"}
     constants = {"GATED": True, "BLOCK": _COMBINE}
-    found.append(Variant("fused_moe", _combine, {**combined, "width": "i32"}, constants, ("width",), label="combine"))
     parts = {"part_ptr": "*fp32", "row_ptr": "*i32", "out_ptr": "*fp32", "num_pairs": "i32", "num_parts": "i32"}
-    return [*found, Variant("fused_moe", _sum_parts, parts, {"BLOCK": 256}, label="gradient of gates")]
-
-
-def _tile_variant(label: str, kernel: Any, settings: Settings, tma: int, constants: dict[str, Any]) -> Variant:
-    block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
-    block = (1, block_k, block_n) if kernel is _project_up else (1, block_n, block_k)
-    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
-    integers = [name for name in kernel.arg_names if name in ("num_tiles", "top_k", "width", "depth")]
-    kinds = {
-        "router_ptr": "*fp32",
-        "part_ptr": "*fp32",
-        **dict.fromkeys(("offset_ptr", "pair_ptr", "tile_ptr"), "*i32"),
-    }
-    signature = {name: kinds.get(name, "*bf16") for name in pointers} | dict.fromkeys(integers, "i32")
-    signature["w"] = descriptor_type("bf16", *block) if tma else "*bf16"
-    label = " ".join([label, "TMA" if tma else "pointers", *(["inference"] if constants.get("KEEP") is False else [])])
-    constants = {**constants, "EVEN": True, "BLOCK_M": 128}
-    return variant("fused_moe", kernel, signature, constants, ("width", "depth"), {**settings, "TMA": tma}, label)
+    return [
+        Variant("fused_moe", _combine, {**combined, "width": "i32"}, constants, ("width",), label="combine"),
+        Variant("fused_moe", _sum_parts, parts, {"BLOCK": _PAIRS}, label="gradient of gates"),
+    ]
 
 
 if triton is not None:
-
-    @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator, unused-ignore]
-    def _project_up(  # type: ignore[no-untyped-def, unused-ignore]
-        x_ptr, w, h_ptr, a_ptr, offset_ptr, pair_ptr, tile_ptr, num_tiles, top_k, width, depth,
-        KEEP: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ):  # fmt: skip
-        # A program owns a tile of the gate's columns and the same tile of the up projection's: SwiGLU needs both.
-        expert, first, column = find_tile(tile_ptr, num_tiles, tl.cdiv(width, BLOCK_N), GROUP)
-        if expert < 0:
-            return
-        end = tl.load(offset_ptr + expert + 1)
-        rows = first + tl.arange(0, BLOCK_M)
-        tokens = tl.load(pair_ptr + tl.minimum(rows, end - 1)) // top_k
-        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        n = column * BLOCK_N
-        for k in range(0, depth, BLOCK_K):
-            x = row_tile(x_ptr, tokens, k, depth, BLOCK_K, EVEN)
-            gate_w = expert_tile(w, expert, k, n, depth, 2 * width, BLOCK_K, BLOCK_N, EVEN, TMA)
-            up_w = expert_tile(w, expert, k, width + n, depth, 2 * width, BLOCK_K, BLOCK_N, EVEN, TMA)
-            gate = tl.dot(x, gate_w, gate, input_precision="ieee")
-            up = tl.dot(x, up_w, up, input_precision="ieee")
-        rows = tl.arange(0, BLOCK_M)[:, None]
-        columns = n + tl.arange(0, BLOCK_N)[None, :]
-        inside = (rows < end - first) & (columns < width)
-        behind = first.to(tl.int64) * width
-        # The backward recomputes a from the rounded h: round here too, so that it finds the same a.
-        gate = gate.to(a_ptr.dtype.element_ty)
-        up = up.to(a_ptr.dtype.element_ty)
-        if KEEP:
-            h_ptrs = h_ptr + 2 * behind + (rows * (2 * width) + columns)
-            tl.store(h_ptrs, gate, mask=inside)
-            tl.store(h_ptrs + width, up, mask=inside)
-        gate = gate.to(tl.float32)
-        a = gate * tl.sigmoid(gate) * up.to(tl.float32)
-        tl.store(a_ptr + behind + (rows * width + columns), a.to(a_ptr.dtype.element_ty), mask=inside)
-
-    @triton.jit(do_not_specialize=["num_tiles"])  # type: ignore[untyped-decorator, unused-ignore]
-    def _backward_of_activation(  # type: ignore[no-untyped-def, unused-ignore]
-        dy_ptr, w, h_ptr, router_ptr, dh_ptr, a_ptr, part_ptr, offset_ptr, pair_ptr, tile_ptr, num_tiles,
-        top_k, width, depth, EVEN: tl.constexpr, TMA: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    ):  # fmt: skip
-        num_columns = tl.cdiv(width, BLOCK_N)
-        expert, first, column = find_tile(tile_ptr, num_tiles, num_columns, GROUP)
-        if expert < 0:
-            return
-        end = tl.load(offset_ptr + expert + 1)
-        rows = first + tl.arange(0, BLOCK_M)
-        pairs = tl.load(pair_ptr + tl.minimum(rows, end - 1))
-        tokens = pairs // top_k
-        n = column * BLOCK_N
-        da = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, depth, BLOCK_K):
-            dy = row_tile(dy_ptr, tokens, k, depth, BLOCK_K, EVEN)
-            down = expert_tile(w, expert, n, k, width, depth, BLOCK_N, BLOCK_K, EVEN, TMA)
-            da = tl.dot(dy, down.T, da, input_precision="ieee")
-        router = tl.load(router_ptr + pairs).to(tl.float32)
-        # By halves, so that less has to be in registers at a time.
-        left, right = da.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        part = _halves(left, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
-        n += BLOCK_N // 2
-        part += _halves(right, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
-        tl.store(part_ptr + rows.to(tl.int64) * num_columns + column, part, mask=rows < end)
-
-    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def _halves(  # type: ignore[no-untyped-def, unused-ignore]
-        da, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-    ):
-        left, right = da.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        part = _through_swiglu(left, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
-        n += BLOCK_N // 2
-        part += _through_swiglu(right, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M, BLOCK_N // 2)
-        return part
-
-    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def _through_swiglu(  # type: ignore[no-untyped-def, unused-ignore]
-        da, router, h_ptr, dh_ptr, a_ptr, first, end, n, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-    ):
-        """Store the gradient of h and the gated activation; return each row's <da, a>."""
-        rows = tl.arange(0, BLOCK_M)[:, None]
-        columns = n + tl.arange(0, BLOCK_N)[None, :]
-        inside = (rows < end - first) & (columns < width)
-        behind = first.to(tl.int64) * width
-        dh_ptrs = dh_ptr + 2 * behind + (rows * (2 * width) + columns)
-        h_ptrs = h_ptr + 2 * behind + (rows * (2 * width) + columns)
-        gate = tl.load(h_ptrs, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(h_ptrs + width, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        part = tl.sum(da * silu * up, axis=1)
-        a_ptrs = a_ptr + behind + (rows * width + columns)
-        tl.store(a_ptrs, (router[:, None] * silu * up).to(a_ptr.dtype.element_ty), mask=inside)
-        da = da * router[:, None]
-        dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-        tl.store(dh_ptrs, dgate.to(dh_ptr.dtype.element_ty), mask=inside)
-        tl.store(dh_ptrs + width, (da * silu).to(dh_ptr.dtype.element_ty), mask=inside)
-        return part
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _combine(y_ptr, router_ptr, out_ptr, row_ptr, top_k, width, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]

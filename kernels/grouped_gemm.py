@@ -27,9 +27,12 @@ from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.moe_routing import SMALLEST_TILE, Routing, num_tiles
 from deepseek_ray.kernels.tuning import Settings, bucket, settings_for
 
-WIDE = {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 8, "num_stages": 3}
+WIDE = {"BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 8, "num_stages": 4}
+"""One program a multiprocessor with the largest tile: most work for a byte that is loaded."""
 PAIRED = {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 4, "num_stages": 3}
-SINGLE = {"BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 16, "TMA": 0, "num_warps": 4, "num_stages": 2}
+"""Two programs a multiprocessor: while one stores its tile the other one multiplies."""
+OUTER = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 5}
+"""Three buffers: the pipeline spends the other stages on fetching indices before rows."""
 SHORT_DEPTH = 1024
 ROW_CANDIDATES: list[Settings] = [
     {"BLOCK_N": n, "BLOCK_K": 64, "GROUP": group, "TMA": tma, "num_warps": warps, "num_stages": stages}
@@ -42,7 +45,7 @@ OUTER_CANDIDATES: list[Settings] = [
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "num_warps": warps, "num_stages": stages}
     for m, n, warps in ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4))
     for k in (32, 64)
-    for stages in (3, 4)
+    for stages in (3, 5, 7)
 ]
 
 
@@ -54,12 +57,36 @@ def block_rows(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
     return 128 if average >= 128 and dtype != torch.float32 else 64
 
 
-def row_settings(op: str, dtype: torch.dtype, width: int, depth: int, height: int, default: Settings) -> Settings:
-    """Measured or default settings of a kernel whose programs own a tile of rows, cut to the size of the matrices."""
-    if dtype == torch.float32:
-        default = SINGLE
-    found = settings_for(op, (dtype, width, depth, height), default)
-    return {**found, "BLOCK_N": _cut(found["BLOCK_N"], width), "BLOCK_K": _cut(found["BLOCK_K"], depth)}
+def row_class(dtype: torch.dtype, width: int, depth: int, height: int) -> tuple[object, ...]:
+    """What the best settings of a kernel on tiles of rows depend on."""
+    return (dtype, width, depth, height)
+
+
+def outer_class(dtype: torch.dtype, height: int, width: int, average_rows: int) -> tuple[object, ...]:
+    """What the best settings of ``outer_products`` depend on."""
+    return (dtype, height, width, bucket(average_rows))
+
+
+def for_device(default: Settings, x: Tensor) -> Settings:
+    """Defaults are for Hopper in half precision: less shared memory elsewhere, and no matrix units for float32."""
+    if x.dtype == torch.float32:
+        small = {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        return {**default, **small, **{name: 64 for name in ("BLOCK_M",) if name in default}}
+    if copy_engine(x.device):
+        return default
+    if torch.version.hip is not None:
+        return {**default, "BLOCK_K": 32, "num_stages": 2}
+    return without_copy_engine(default)
+
+
+def without_copy_engine(default: Settings) -> Settings:
+    """For NVIDIA's chips before Hopper, which have less shared memory too."""
+    return {**default, "TMA": 0, "num_stages": min(default["num_stages"], 3)} if "TMA" in default else default
+
+
+def fit(settings: Settings, width: int, depth: int) -> Settings:
+    """Settings with tiles no larger than the matrices."""
+    return {**settings, "BLOCK_N": _cut(settings["BLOCK_N"], width), "BLOCK_K": _cut(settings["BLOCK_K"], depth)}
 
 
 def multiply_rows(
@@ -77,9 +104,10 @@ def multiply_rows(
     """
     num_experts, num_rows, num_columns = w_ERC.shape
     depth, width = (num_columns, num_rows) if transposed else (num_rows, num_columns)
-    if settings is None:
-        default = PAIRED if depth <= SHORT_DEPTH or height < 128 else WIDE
-        settings = row_settings("moe_rows", left_SK.dtype, width, depth, height, default)
+    default = for_device(PAIRED if depth <= SHORT_DEPTH or height < 128 else WIDE, left_SK)
+    op = "moe_rows_transposed" if transposed else "moe_rows"
+    settings = settings or settings_for(op, row_class(left_SK.dtype, width, depth, height), default)
+    settings = fit(settings, width, depth)
     y_SN = torch.empty((len(left_SK), width), dtype=left_SK.dtype, device=left_SK.device)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
     tma = bool(settings["TMA"]) and describable(left_SK) and describable(w_ERC)
@@ -114,8 +142,9 @@ def outer_products(
     """
     num_experts = len(routing.offset_E) - 1
     height, width = left_XM.shape[1], right_XN.shape[1]
-    if settings is None:
-        settings = outer_settings(left_XM.dtype, height, width, len(routing.pair_S) // num_experts)
+    shape = outer_class(left_XM.dtype, height, width, len(routing.pair_S) // num_experts)
+    settings = settings or settings_for("moe_outer", shape, for_device(OUTER, left_XM))
+    settings = {**settings, "BLOCK_M": _cut(settings["BLOCK_M"], height), "BLOCK_N": _cut(settings["BLOCK_N"], width)}
     dw_EMN = torch.empty((num_experts, height, width), dtype=left_XM.dtype, device=left_XM.device)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     tiles = triton.cdiv(height, block_m) * triton.cdiv(width, block_n)
@@ -124,16 +153,6 @@ def outer_products(
         GATHER_LEFT=gather_left, EVEN=height % block_m == 0 and width % block_n == 0, **settings,
     )  # fmt: skip
     return dw_EMN
-
-
-def outer_settings(dtype: torch.dtype, height: int, width: int, average_rows: int) -> Settings:
-    """Measured or default settings of ``outer_products``, cut to the size of the matrices."""
-    # Indices, then rows: the pipeline spends a stage on the indices.
-    default = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 5}
-    if dtype == torch.float32:
-        default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    found = settings_for("moe_outer", (dtype, height, width, bucket(average_rows)), default)
-    return {**found, "BLOCK_M": _cut(found["BLOCK_M"], height), "BLOCK_N": _cut(found["BLOCK_N"], width)}
 
 
 def describable(x: Tensor) -> bool:
@@ -170,7 +189,8 @@ def aot_variants() -> list[Variant]:
 
 
 def _rows_variant(label: str, width: int, depth: int, transposed: bool, tma: int) -> Variant:
-    settings = {**(PAIRED if depth <= SHORT_DEPTH else WIDE), "TMA": tma}
+    settings = PAIRED if depth <= SHORT_DEPTH else WIDE
+    settings = settings if tma else without_copy_engine(settings)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
     block = (1, block_n, block_k) if transposed else (1, block_k, block_n)
     signature = {
@@ -184,13 +204,12 @@ def _rows_variant(label: str, width: int, depth: int, transposed: bool, tma: int
 
 
 def _outer_variant(label: str, height: int, width: int, gather_left: bool) -> Variant:
-    settings = outer_settings(torch.bfloat16, height, width, 1024)
     signature = {
         "left_ptr": "*bf16", "right_ptr": "*bf16", "dw_ptr": "*bf16", "offset_ptr": "*i32", "pair_ptr": "*i32",
         "top_k": "i32", "height": "i32", "width": "i32",
     }  # fmt: skip
     constants = {"GATHER_LEFT": gather_left, "EVEN": True}
-    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), settings, label)
+    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), OUTER, label)
 
 
 def variant(

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
         offset_E: E + 1 numbers; rows of expert e are offset[e] up to offset[e + 1]. The last one is how many are kept.
         pair_S: the pair of a row; undefined behind the last row that is kept.
         row_S: the row of a pair, -1 for a pair that no expert here takes.
-        tile_N2: expert (-1 where there is no tile) and first row of each tile.
+        tile_N2: expert and first row of each tile, -1 behind the last one.
     """
 
     offset_E: Tensor
@@ -62,7 +62,7 @@ def route_ref(expert_TK: Tensor, num_experts: int, block_rows: int) -> Routing:
     pair_S[: len(order_S)] = order_S
     row_S = torch.full_like(choice_S, -1)
     row_S[order_S] = torch.arange(len(order_S), device=choice_S.device)
-    tile_N2 = torch.full((num_tiles(len(choice_S), num_experts, block_rows), 2), -1, device=choice_S.device)
+    tile_N2 = torch.full((num_tiles(len(choice_S), num_experts, SMALLEST_TILE), 2), -1, device=choice_S.device)
     tiles = [(e, row) for e in range(num_experts) for row in range(int(offset_E[e]), int(offset_E[e + 1]), block_rows)]
     if tiles:
         tile_N2[: len(tiles)] = torch.tensor(tiles, device=choice_S.device)
@@ -94,9 +94,9 @@ def route(expert_TK: Tensor, num_experts: int, block_rows: int) -> Routing:
     _count[(num_blocks,)](choice_S, before_EB, num_pairs, num_experts, num_blocks, BLOCK_S=_PAIRS, BLOCK_E=_EXPERTS)
     _add_up[(num_experts,)](before_EB, count_E, num_blocks, BLOCK=_scan_block(num_blocks))
     block_e, block_n = _tile_block(num_experts)
-    tiles = num_tiles(num_pairs, num_experts, block_rows)
-    _lay_out[(triton.cdiv(tiles, block_n),)](
-        count_E, found.offset_E, found.tile_N2, num_experts, tiles, BLOCK_M=block_rows, BLOCK_N=block_n, BLOCK_E=block_e
+    room = len(found.tile_N2)
+    _lay_out[(triton.cdiv(room, block_n),)](
+        count_E, found.offset_E, found.tile_N2, num_experts, room, BLOCK_M=block_rows, BLOCK_N=block_n, BLOCK_E=block_e
     )
     _place[(num_blocks,)](
         choice_S, found.offset_E, before_EB, found.pair_S, found.row_S, num_pairs, num_experts, num_blocks,
