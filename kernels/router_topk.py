@@ -29,7 +29,7 @@ except ImportError:  # not on every platform; the reference then serves
     triton = None
 
 SCORES = ("sigmoid", "softmax")
-_TILE = 2048
+_TILE = 512  # of one warp, so that a row needs no other warp
 
 
 class Routing(NamedTuple):
@@ -55,7 +55,7 @@ def router_topk_ref(
     score_TE = torch.sigmoid(wide_TE) if score == "sigmoid" else wide_TE.softmax(-1)
     biased_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E.detach()
     if top_groups < num_groups:
-        grouped_TGe = biased_TE.unflatten(-1, (num_groups, -1))
+        grouped_TGe = biased_TE.view(len(biased_TE), num_groups, biased_TE.shape[-1] // num_groups)
         worth_TG = grouped_TGe.topk(min(2, grouped_TGe.shape[-1]), dim=-1).values.sum(-1)
         best_TG = worth_TG.argsort(dim=-1, descending=True, stable=True)[:, :top_groups]
         kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter(-1, best_TG, True)
@@ -201,8 +201,8 @@ _forward_op.register_autograd(_gradients, setup_context=_keep)
 
 def _settings(num_experts: int, num_groups: int) -> Settings:
     block_g, block_e = bucket(num_groups), bucket(num_experts // num_groups)
-    block_t = max(1, _TILE // (block_g * block_e))
-    default = {"BLOCK_T": block_t, "BLOCK_G": block_g, "BLOCK_E": block_e, "num_warps": 4}
+    block_t, num_warps = max(1, _TILE // (block_g * block_e)), max(1, block_g * block_e // _TILE)
+    default = {"BLOCK_T": block_t, "BLOCK_G": block_g, "BLOCK_E": block_e, "num_warps": num_warps}
     return settings_for("router_topk", (num_experts, num_groups), default)
 
 
@@ -324,18 +324,8 @@ if triton is not None:
 
 def aot_variants() -> list[Variant]:
     """Routers of Qwen3-30B-A3B, of Mixtral and of DeepSeek-V3."""
-    return [
-        variant
-        for num_experts, top_k, sigmoid, groups, top_groups in (
-            (128, 8, False, 1, 1),
-            (8, 2, False, 1, 1),
-            (256, 8, True, 8, 4),
-        )
-        for variant in (
-            _forward_variant(num_experts, top_k, sigmoid, groups, top_groups),
-            _backward_variant(num_experts, top_k, sigmoid),
-        )
-    ]
+    models = (128, 8, False, 1, 1), (8, 2, False, 1, 1), (256, 8, True, 8, 4)
+    return [variant for model in models for variant in (_forward_variant(*model), _backward_variant(*model[:3]))]
 
 
 def _forward_variant(num_experts: int, top_k: int, sigmoid: bool, groups: int, top_groups: int) -> Variant:
