@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
-from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, check_floats, programs, tile
+from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, check_floats, forward_tile, programs
 from deepseek_ray.kernels.tuning import Settings, settings_for
 
 try:
@@ -110,7 +110,7 @@ def _backward_op(
     """Gradients of x and, in float32, of weight and bias."""
     num_rows, width = x_MN.shape
     settings = _backward_settings(x_MN.dtype, width)
-    num_programs = programs(num_rows, settings["BLOCK_M"])
+    num_programs = programs(num_rows, settings)
     dx_MN = torch.empty_like(x_MN)
     sums_P2N = torch.empty(num_programs, 2, width, dtype=torch.float32, device=x_MN.device)
     _backward[(num_programs,)](
@@ -146,11 +146,11 @@ _forward_op.register_autograd(_gradients, setup_context=_keep)
 
 
 def _forward_settings(dtype: torch.dtype, width: int) -> Settings:
-    return settings_for("gelu_layer_norm", (dtype, width), tile(width, per_thread=32))
+    return settings_for("gelu_layer_norm", (dtype, width), forward_tile(width))
 
 
 def _backward_settings(dtype: torch.dtype, width: int) -> Settings:
-    return settings_for("gelu_layer_norm_backward", (dtype, width), tile(width, per_thread=16))
+    return settings_for("gelu_layer_norm_backward", (dtype, width), backward_tile(width))
 
 
 if triton is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
-from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, check_floats, programs, tile
+from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, check_floats, forward_tile, programs
 from deepseek_ray.kernels.tuning import Settings, settings_for
 
 try:
@@ -110,7 +110,7 @@ def _backward_op(
     """Gradients of what was normalised and of the weight."""
     num_rows, width = h_MN.shape
     settings = _backward_settings(h_MN.dtype, width)
-    num_programs = programs(num_rows, settings["BLOCK_M"])
+    num_programs = programs(num_rows, settings)
     dx_MN = torch.empty_like(h_MN)
     dw_PN = torch.empty(num_programs, width, dtype=torch.float32, device=h_MN.device)
     _backward[(num_programs,)](
@@ -145,11 +145,11 @@ _forward_op.register_autograd(_gradients, setup_context=_keep)
 
 
 def _forward_settings(dtype: torch.dtype, width: int) -> Settings:
-    return settings_for("rms_norm", (dtype, width), tile(width, per_thread=32))
+    return settings_for("rms_norm", (dtype, width), forward_tile(width))
 
 
 def _backward_settings(dtype: torch.dtype, width: int) -> Settings:
-    return settings_for("rms_norm_backward", (dtype, width), tile(width, per_thread=16))
+    return settings_for("rms_norm_backward", (dtype, width), backward_tile(width))
 
 
 if triton is not None:

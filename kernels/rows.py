@@ -14,9 +14,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WIDTH = 8192
 """A program holds a whole row in registers: wider rows, which no model here has, take the torch composition."""
 
-_TILE = 4096
-_MAX_PROGRAMS = 528
-
 
 def check_floats(**tensors: Tensor | None) -> None:
     """All are of a float type and on the first one's device.
@@ -58,16 +55,28 @@ class Rows:
         return y_MN.view(*self._shape, y_MN.shape[-1]).permute(self._back)
 
 
-def tile(width: int, per_thread: int) -> Settings:
-    """Whole rows, several where they are narrow, and as many warps as give a thread ``per_thread`` elements."""
+def forward_tile(width: int) -> Settings:
+    """Whole rows, several where they are narrow, 32 elements a thread: six programs of 8 KiB on a multiprocessor."""
+    return _tile(width, 4096, per_thread=32)
+
+
+def backward_tile(width: int) -> Settings:
+    """Less of each, as sums of the weights' gradients stay in registers from row to row."""
+    return _tile(width, 1024, per_thread=16)
+
+
+def _tile(width: int, least: int, per_thread: int) -> Settings:
     block_n = bucket(width)
-    block_m = max(1, _TILE // block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": min(32, max(1, block_m * block_n // per_thread // 32))}
+    block_m = max(1, least // block_n)
+    num_warps = min(32, max(4, block_m * block_n // per_thread // 32))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps}
 
 
-def programs(num_rows: int, block_m: int) -> int:
+def programs(num_rows: int, settings: Settings) -> int:
     """Programs that share the rows of a backward pass, each with its own sum of the weights' gradients.
 
-    Four for each of a Hopper GPU's 132 multiprocessors, on any GPU: another number would be another order of summation.
+    As many as a Hopper GPU of 132 multiprocessors runs at once, on any GPU: another number would be another order of
+    summation, and a row of float32 more to write and add for each.
     """
-    return min(-(-num_rows // block_m), _MAX_PROGRAMS)
+    at_once = 132 * min(8, max(1, MAX_WIDTH // settings["BLOCK_N"]))
+    return min(-(-num_rows // settings["BLOCK_M"]), at_once)
