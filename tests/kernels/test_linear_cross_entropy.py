@@ -33,7 +33,6 @@ def make(tokens: int, width: int, vocabulary: int, dtype: torch.dtype = torch.fl
     generator = torch.Generator().manual_seed(tokens * 1000 + vocabulary)
     x_TD = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
     weight_VD = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64) * 2 / max(1, width) ** 0.5
-    weight_VD[-1] *= 3  # the largest logit comes last in about half of the rows: what was summed before is scaled again
     target_T = torch.randint(vocabulary, (tokens,), generator=generator)
     target_T[::5] = IGNORED
     x_TD, weight_VD, target_T = (t.to(DEVICE) for t in (x_TD.to(dtype), weight_VD.to(dtype), target_T))
@@ -83,14 +82,11 @@ def test_chunks_in_plain_torch_equal_the_reference(options: dict[str, Any]) -> N
 
 @needs_kernels
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3)])
-@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(18, 24, 77), (1, 1, 1), (3, 7, 4112), (5, 16, 64)])
+@pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(18, 24, 77), (1, 1, 1), (3, 7, 300), (5, 16, 64)])
 def test_kernels_equal_the_reference(
     tokens: int, width: int, vocabulary: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    if vocabulary > 4000:
-        monkeypatch.setattr(op, "FEWEST_CHUNKS", 1)  # a row of more than one block
-        monkeypatch.setattr(op, "CHUNK_BYTES", {"cpu": 1 << 30, "cuda": 1 << 30})
     x, weight, target = make(tokens, width, vocabulary, dtype)
     with guarded(monkeypatch):
         found = gradients(linear_cross_entropy, x, weight, target, reduction="none", z_loss=0.01)
@@ -115,12 +111,14 @@ def test_kernels_equal_the_reference_at_any_shape(tokens: int, width: int, vocab
 
 @needs_kernels
 def test_extreme_logits_neither_overflow_nor_lose_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk of two blocks: in the first row the largest logit is the last, in the second the first."""
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    x = torch.tensor([[1e4], [-1e4], [0.0]], device=DEVICE, requires_grad=True)
-    weight = torch.linspace(-1, 1, 50, device=DEVICE).unsqueeze(-1).requires_grad_()
-    target = torch.tensor([49, 49, 7], device=DEVICE)
+    monkeypatch.setattr(op, "FEWEST_CHUNKS", 1)
+    x = torch.tensor([[1e3], [-1e3], [0.0]], device=DEVICE, requires_grad=True)
+    weight = torch.linspace(-1, 1, 4112, device=DEVICE).unsqueeze(-1).requires_grad_()
+    target = torch.tensor([4111, 4111, 7], device=DEVICE)
     found = gradients(linear_cross_entropy, x, weight, target, reduction="none")
-    assert found[0].tolist() == pytest.approx([0.0, 2e4, 3.912023], rel=1e-6)
+    assert found[0].tolist() == pytest.approx([0.95342, 2000.95342, 8.321665], rel=1e-4)
     for one, other in zip(found, gradients(linear_cross_entropy_ref, x, weight, target, reduction="none"), strict=True):
         assert_near(one, other, 1e-5)
 
