@@ -46,6 +46,16 @@ def test_combinations_over_twenty_steps(mesh: str, schedule: str, dtype: str) ->
     assert result.passed, result.plain()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("mesh", "schedule"), [("dp_shard=2,tp=2,ep=2", "1F1B"), ("pp=2,dp_replicate=2", "ZBVZeroBubble")]
+)
+def test_compiled_layers_compute_the_same(mesh: str, schedule: str) -> None:
+    result = compare(mesh, schedule, step__compile=True, cluster__timeout_s=400)
+    assert result.passed, result.plain()
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_and_dropout_change_nothing(recompute: str) -> None:
     result = compare("pp=2,tp=2", "ZBVZeroBubble", step__recompute=recompute, backbone__dropout=0.1)
