@@ -39,6 +39,7 @@ def test_all_axes_at_once_in_float32() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("mesh", "schedule"), COMBINATIONS)
 def test_combinations_over_twenty_steps(mesh: str, schedule: str, dtype: str) -> None:
