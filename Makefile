@@ -28,7 +28,7 @@ demo: $(STAMP) ## run the card-fraud loop from events to an updated live model
 	$(BIN)/python -m pipelines.risk.demo $(ARGS)
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not gpu' $(ARGS)
 
 test-full: $(STAMP) ## all tests of this machine, a file at a time; again: what has not passed yet
 	$(BIN)/python -m tests.full $(ARGS)

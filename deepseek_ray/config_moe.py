@@ -113,6 +113,7 @@ class StepConfig(Section):
     adaptive_clip: float = Field(0.0, ge=0, description="gradient norm of a unit over its weight's norm; 0: off")
     precision: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     recompute: Literal["none", "selective", "full"] = Field("none", description="activation checkpointing")
+    compile: bool = Field(False, description="torch.compile for attention and gated layers")
     exchange: Literal["all_reduce", "top_k", "parameter_server"] = Field(
         "all_reduce", description="how gradients cross dp_replicate"
     )

@@ -66,6 +66,12 @@ class Backbone(nn.Module):
             elif isinstance(part, RMSNorm | SwiGLU | Experts):
                 part.recompute = mode == "selective"
 
+    def compile_dense(self) -> None:
+        """torch.compile what computes on the same shapes in every step; an expert's rows are others each time."""
+        for part in self.layers.modules():
+            if isinstance(part, Attention | SwiGLU):
+                part.compile()
+
     def routers(self) -> dict[int, Router]:
         """The routers by number of the layer."""
         return {int(n): layer.feed.router for n, layer in self.layers.items() if isinstance(layer.feed, MoE)}

@@ -132,6 +132,8 @@ class SpreadModel:
             if mesh is not None:
                 self._spread(piece, mesh)
         part.set_recompute(self.config.step.recompute)
+        if self.config.step.compile:
+            part.compile_dense()
         if mesh is not None:
             shard.shard_dense(part, mesh, self._policy, replicate=self._replicate, keep=True)
         return part.train()

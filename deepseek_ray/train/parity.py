@@ -36,6 +36,8 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 BOUNDS = {"float32": (1e-6, 1e-10, math.inf), "float64": (1e-12, 1e-13, 1e-10)}
 """Type -> most relative loss difference, gradient difference, parameter difference."""
 
+_CPU = torch.device("cpu")
+
 
 @dataclass
 class Parity:
@@ -89,7 +91,7 @@ def verify_mesh(config: MoEConfig, steps: int, *, on_ray: bool = False, shared: 
     Args:
         config: shape, degrees, batch; ``step.precision`` is float32 or float64.
         steps: AdamW steps.
-        on_ray: the mesh runs on Ray Train, wherever there is room, instead of in processes of this machine.
+        on_ray: run on Ray Train, on its workers' GPUs where they have some, instead of in processes on this CPU.
         shared: storage that every node of the cluster sees; a temporary folder without it.
 
     Raises:
@@ -100,11 +102,12 @@ def verify_mesh(config: MoEConfig, steps: int, *, on_ray: bool = False, shared: 
     alone = config.model_copy(update={"parallel": ParallelConfig()})
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         meshed, single = Path(folder) / "mesh", Path(folder) / "one"
-        if on_ray:
-            run_on_ray(config, _record_loop, {"config": config.model_dump(), "steps": steps, "folder": str(meshed)})
+        if on_ray:  # the one process is a worker too: the same kind of device
+            for one, target in ((config, meshed), (alone, single)):
+                run_on_ray(one, _record_loop, {"config": one.model_dump(), "steps": steps, "folder": str(target)})
         else:
             run_processes(config.parallel.world, record, config, steps, meshed, timeout_s=config.cluster.timeout_s)
-        record(alone, steps, single)
+            record(alone, steps, single)
         result = Parity(config.parallel.world, steps, config.step.precision)
         ours, wanted = _reports(meshed), _reports(single)[0]
         for step in range(steps):
@@ -115,9 +118,8 @@ def verify_mesh(config: MoEConfig, steps: int, *, on_ray: bool = False, shared: 
     return result
 
 
-def record(config: MoEConfig, steps: int, folder: Path) -> None:
+def record(config: MoEConfig, steps: int, folder: Path, device: torch.device = _CPU) -> None:
     """Train, and write whole gradients of every step and the weights at the end; one process of each stage writes."""
-    device = own_device()
     dtype = precision_of(config.step.precision, device)[0]
     samples = RandomSamples(config.backbone, config.corpus.seq_len, config.seed, dtype)
     stepper = make_stepper(config, samples, device)
@@ -137,7 +139,7 @@ def record(config: MoEConfig, steps: int, folder: Path) -> None:
 def _record_loop(settings: dict[str, Any]) -> None:
     """:func:`record` in a worker of Ray Train."""
     torch.set_num_threads(1)
-    record(MoEConfig.model_validate(settings["config"]), settings["steps"], Path(settings["folder"]))
+    record(MoEConfig.model_validate(settings["config"]), settings["steps"], Path(settings["folder"]), own_device())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from deepseek_ray.train.mesh_checkpoint import CheckpointWriter, import_pretrain
 from deepseek_ray.train.precision import precision_of
 from deepseek_ray.train.pretrain_step import Stepper
 
-_FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "recompute"}
+_FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "recompute", "compile"}
 
 
 def own_device() -> torch.device:

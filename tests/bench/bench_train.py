@@ -6,6 +6,8 @@
 * ``torchrun`` and ``ray``: the same two-process mesh under either launcher; seconds a step after the first few.
 * ``weak-N``: N processes with N times the batch; 1.0 would be perfect scaling.
 
+Where there is a GPU, tests/bench/train_gpu.py follows: TFLOP/s, tokens/s and MFU of a Mixture of Experts on it.
+
 Rounds are interleaved, because machines are noisy; a ratio is the median of the rounds' ratios with their quartiles.
 """
 
@@ -36,6 +38,7 @@ from deepseek_ray.train.pretrain_trainer import pretrain_on_ray, read_progress
 from deepseek_ray.train.pretrain_worker import PROGRESS, run_here
 from deepseek_ray.train.pretraining import make_stepper
 from deepseek_ray.train.schedule import learning_rate
+from tests.bench import train_gpu
 from tests.bench.results import append
 
 COLUMNS = ("at", "case", "baseline", "ratio", "q1", "q3", "rounds", "seconds", "cpus", "load", "torch", "commit")
@@ -51,6 +54,8 @@ def main() -> int:
     _print(rows)
     if options.out:
         append(rows, COLUMNS, options.out)
+    if torch.cuda.is_available():
+        return train_gpu.main(["--out", str(options.out.with_name("train_gpu.csv"))] if options.out else [])
     return 0
 
 

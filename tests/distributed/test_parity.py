@@ -39,10 +39,21 @@ def test_all_axes_at_once_in_float32() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("mesh", "schedule"), COMBINATIONS)
 def test_combinations_over_twenty_steps(mesh: str, schedule: str, dtype: str) -> None:
     result = compare(mesh, schedule, steps=20, dtype=dtype)
+    assert result.passed, result.plain()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("mesh", "schedule"), [("dp_shard=2,tp=2,ep=2", "1F1B"), ("pp=2,dp_replicate=2", "ZBVZeroBubble")]
+)
+def test_compiled_layers_compute_the_same(mesh: str, schedule: str) -> None:
+    result = compare(mesh, schedule, step__compile=True, cluster__timeout_s=400)
     assert result.passed, result.plain()
 
 

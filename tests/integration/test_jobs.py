@@ -129,6 +129,19 @@ def test_a_client_without_the_token_is_refused(cluster: Cluster) -> None:
     assert "invalid" in (wrong.stdout + wrong.stderr).lower()
 
 
+@pytest.mark.slow
+def test_a_mesh_trains_as_a_job(cluster: Cluster) -> None:
+    run = cluster.runs / "moe"
+    settings = ["parallel.dp_shard=2", "parallel.ep=2", "step.steps=6", "corpus.max_bytes=100000"]
+    arguments = [f"--set={setting}" for setting in settings]
+    done = cluster.submit("python", "-m", "pipelines.moe.train", "--config", "debug_moe", "--run", str(run), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = json.loads((run / "results/pretrain.json").read_text())
+    assert stage["steps"] == 6
+    assert stage["last_loss"] < stage["first_loss"]
+    assert {json.loads(line)["rank"] for line in (run / "checkpoints/moe/workers.jsonl").open()} == {0, 1}
+
+
 def test_only_the_programs_travel(cluster: Cluster) -> None:
     seen = cluster.submit("python", "-c", "import os, deepseek_ray as d; print(os.listdir(), d.__file__)")
     assert seen.returncode == 0, seen.stdout + seen.stderr

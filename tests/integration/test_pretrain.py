@@ -14,6 +14,7 @@ from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.models.pretrained import from_pretrained
 from deepseek_ray.presets_moe import load_moe_preset
+from deepseek_ray.train.parity import verification_config, verify_mesh
 from deepseek_ray.train.pretrain_trainer import pretrain_on_ray, read_progress
 from deepseek_ray.train.pretrain_worker import PROGRESS
 from deepseek_ray.train.recovery import verify_recovery
@@ -58,10 +59,17 @@ def test_the_program_trains_a_mesh_and_leaves_a_model_that_one_process_reads(tmp
     assert stage["last_loss"] == pytest.approx(alone.last_loss, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(
-    "kill_at", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 5, 9, 11, 13, 14, 16, 18))]
-)
+def test_a_mesh_of_ray_workers_computes_what_one_process_computes(tmp_path: Path) -> None:
+    config = verification_config(make("parallel.pp=2", "parallel.dp_shard=2", "parallel.schedule=ZBVZeroBubble"))
+    result = verify_mesh(config, 3, on_ray=True, shared=tmp_path)
+    assert result.world_size == 4
+    assert result.passed, result.plain()
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("kill_at", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in LATER_KILLS)])
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(kill_at: int, tmp_path: Path) -> None:
     config = make("parallel.dp_shard=2", "step.checkpoint_every=3", f"seed={kill_at}")
     result = verify_recovery(config, tmp_path, kill_at=kill_at, signal=signal.SIGKILL)
