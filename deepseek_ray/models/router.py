@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_ray.kernels.router_topk import Routing, router_topk
 from deepseek_ray.models.layers import local
 from deepseek_ray.models.recompute import is_recomputing
 
@@ -62,23 +63,21 @@ class Router(nn.Module):
         """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         logit_TE = F.linear(x_TD.to(wide), local(self.weight_ED).to(wide))
-        score_TE = torch.sigmoid(logit_TE) if self.score == "sigmoid" else logit_TE.softmax(-1)
-        gate_TK, expert_TK = self.choose(score_TE)
+        teaches = bool(self.training and num_sequences and self.loss_weight)
+        gate_TK, expert_TK, score_TE = self.choose(logit_TE, scores=teaches)
         if self.training and not is_recomputing():
             self.count_E += torch.bincount(expert_TK.flatten(), minlength=self.num_experts)
-        if self.training and num_sequences and self.loss_weight:
+        if score_TE is not None:
             loss = self.losses(logit_TE, score_TE, expert_TK, num_sequences)
             gate_TK = _AddLoss.apply(gate_TK, loss * self.loss_weight)  # type: ignore[no-untyped-call]
         return gate_TK.to(x_TD.dtype), expert_TK
 
-    def choose(self, score_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates and the K experts of the highest biased score; ties go to the lower number."""
-        biased_TE = self._masked(score_TE.detach() + self.bias_E)
-        expert_TK = biased_TE.argsort(dim=-1, descending=True, stable=True)[:, : self.top_k]
-        gate_TK = score_TE.gather(-1, expert_TK)
-        if self.normalise:
-            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
-        return gate_TK * self.scale, expert_TK
+    def choose(self, logit_TE: Tensor, *, scores: bool = False) -> Routing:
+        """The K experts of the highest biased score, their gates and, where asked for, all scores."""
+        return router_topk(
+            logit_TE, self.bias_E, self.top_k, score=self.score, normalise=self.normalise, scale=self.scale,
+            num_groups=self.num_groups, top_groups=self.top_groups, scores=scores,
+        )  # fmt: skip
 
     def losses(self, logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, num_sequences: int) -> Tensor:
         """The weighted sum over tokens of both losses.
@@ -106,16 +105,6 @@ class Router(nn.Module):
         self.bias_E += rate * gap_E.clamp(-1.0, 1.0)
         self.bias_E -= self.bias_E.mean()
         self.count_E.zero_()
-
-    def _masked(self, biased_TE: Tensor) -> Tensor:
-        """Put the experts of all but the best groups out of reach; a group is worth its two best experts."""
-        if self.num_groups == self.top_groups:
-            return biased_TE
-        grouped_TGe = biased_TE.view(len(biased_TE), self.num_groups, -1)
-        worth_TG = grouped_TGe.topk(min(2, grouped_TGe.shape[-1]), dim=-1).values.sum(-1)
-        best_TG = worth_TG.argsort(dim=-1, descending=True, stable=True)[:, : self.top_groups]
-        kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter(-1, best_TG, True)
-        return grouped_TGe.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 class _AddLoss(torch.autograd.Function):

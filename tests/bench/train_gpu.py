@@ -28,6 +28,7 @@ from torch import Tensor
 
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.data.samples import RandomSamples
+from deepseek_ray.kernels.router_topk import Routing
 from deepseek_ray.models.counts import count, flops_per_token
 from deepseek_ray.models.router import Router
 from deepseek_ray.presets_moe import load_moe_preset
@@ -104,12 +105,14 @@ def measure(options: argparse.Namespace, tokens: int, routing: str, *, compiled:
     }  # fmt: skip
 
 
-def in_turn(router: Router, score_TE: Tensor) -> tuple[Tensor, Tensor]:
+def in_turn(router: Router, logit_TE: Tensor, *, scores: bool = False) -> Routing:
     """Router.choose with the same load for every expert, whatever the scores."""
-    first_T1 = torch.arange(len(score_TE), device=score_TE.device)[:, None] * router.top_k
-    expert_TK = (first_T1 + torch.arange(router.top_k, device=score_TE.device)) % router.num_experts
+    first_T1 = torch.arange(len(logit_TE), device=logit_TE.device)[:, None] * router.top_k
+    expert_TK = (first_T1 + torch.arange(router.top_k, device=logit_TE.device)) % router.num_experts
+    score_TE = logit_TE.sigmoid()
     gate_TK = score_TE.gather(-1, expert_TK)
-    return gate_TK / gate_TK.sum(-1, keepdim=True) * router.scale, expert_TK
+    gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True) * router.scale
+    return Routing(gate_TK, expert_TK, score_TE if scores else None)
 
 
 def matmul_tflops(device: torch.device) -> float:
