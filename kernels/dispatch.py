@@ -58,14 +58,14 @@ def use_triton(*tensors: Tensor) -> bool:
 
     The Triton interpreter (TRITON_INTERPRET=1) takes CPU tensors, but only when the variable says ``triton``.
     """
-    if any(tensor.dtype == torch.float64 for tensor in tensors) or not all(tensor.numel() for tensor in tensors):
+    if not _runs_triton(tensors[0].is_cuda):  # first: single decisions on a CPU are counted in microseconds
         return False
-    return _runs_triton(tensors[0].is_cuda)
+    return all(tensor.dtype != torch.float64 and tensor.numel() for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _runs_triton(on_gpu: bool) -> bool:
-    if not on_gpu and not (interpreting() and os.environ.get(VARIABLE) == "triton"):
+    if not on_gpu and not (os.environ.get(VARIABLE) == "triton" and interpreting()):
         return False
     return choice().backend == "triton"
 
