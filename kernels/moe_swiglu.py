@@ -114,7 +114,7 @@ def _variant(label: str, kernel: Any, settings: Settings, tma: bool, constants: 
     }
     signature = {name: kinds.get(name, "*bf16") for name in pointers} | dict.fromkeys(integers, "i32")
     signature["w"] = descriptor_type("bf16", *block) if tma else "*bf16"
-    label += "" if constants.get("KEEP", True) else ", inference"
+    label += "" if constants.get("KEEP", True) else " for inference"
     label += "" if tma else " before Hopper"
     constants = {**constants, "EVEN": True, "BLOCK_M": 128}
     return variant("moe_swiglu", kernel, signature, constants, ("width", "depth"), settings, label)
