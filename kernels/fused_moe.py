@@ -147,7 +147,7 @@ def _dense(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, do
 
 
 def _grouped_is_legal(x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> bool:
-    known = (torch.bfloat16,) if x_TD.is_cuda else (torch.float32, torch.float16, torch.bfloat16)
+    known = (torch.float32, torch.float16, torch.bfloat16) if x_TD.is_cpu else (torch.bfloat16,)
     aligned = all(size * x_TD.element_size() % 16 == 0 for size in down_EID.shape[1:])
     full = x_TD.numel() > 0 and down_EID.numel() > 0
     return hasattr(F, "grouped_mm") and x_TD.dtype in known and aligned and full

@@ -80,8 +80,9 @@ def for_device(default: Settings, x: Tensor) -> Settings:
 
 
 def without_copy_engine(default: Settings) -> Settings:
-    """For NVIDIA's chips before Hopper, which have less shared memory too."""
-    return {**default, "TMA": 0, "num_stages": min(default["num_stages"], 3)} if "TMA" in default else default
+    """For NVIDIA's chips before Hopper: half the tile, since products go through registers there; three buffers."""
+    older = {**default, "BLOCK_N": default["BLOCK_N"] // 2}
+    return {**older, "TMA": 0, "num_stages": min(default["num_stages"], 3)} if "TMA" in default else older
 
 
 def fit(settings: Settings, width: int, depth: int) -> Settings:
@@ -178,17 +179,17 @@ def descriptor_type(dtype: str, *block: int) -> str:
 
 
 def aot_variants() -> list[Variant]:
-    """The products of the Qwen3-30B-A3B and the Mixtral layer in bfloat16, with and without the copy engine."""
-    found = []
-    for model, width, depth in (("qwen3", 2048, 768), ("mixtral", 4096, 14336)):
-        found += [_rows_variant(f"{model} down", width, depth, False, tma) for tma in (1, 0)]
-        found += [_rows_variant(f"{model} dx", width, 2 * depth, True, tma) for tma in (1, 0)]
-        found += [_outer_variant(f"{model} dup", width, 2 * depth, True)]
-        found += [_outer_variant(f"{model} ddown", depth, width, False)]
+    """The products of the Qwen3-30B-A3B and the Mixtral layer in bfloat16, for Hopper and for what came before."""
+    found: list[Variant] = []
+    for model, depth in (("qwen3", 768), ("mixtral", 14336)):  # sizes are not compiled in, but choose the tile
+        found += [_rows_variant(f"{model} down", depth, False, tma) for tma in (True, False)]
+        found += [_rows_variant(f"{model} dx", 2 * depth, True, tma) for tma in (True, False)]
+    for hopper in (True, False):
+        found += [_outer_variant("dup", True, hopper), _outer_variant("ddown", False, hopper)]
     return found
 
 
-def _rows_variant(label: str, width: int, depth: int, transposed: bool, tma: int) -> Variant:
+def _rows_variant(label: str, depth: int, transposed: bool, tma: bool) -> Variant:
     settings = PAIRED if depth <= SHORT_DEPTH else WIDE
     settings = settings if tma else without_copy_engine(settings)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
@@ -199,17 +200,18 @@ def _rows_variant(label: str, width: int, depth: int, transposed: bool, tma: int
         "y_ptr": "*bf16", "offset_ptr": "*i32", "tile_ptr": "*i32", "num_tiles": "i32", "width": "i32", "depth": "i32",
     }  # fmt: skip
     constants = {"TRANSPOSED": transposed, "EVEN": True, "BLOCK_M": 128}
-    label = f"{label} {'TMA' if tma else 'pointers'}"
+    label = label if tma else f"{label} before Hopper"
     return variant("moe_rows", _multiply_rows, signature, constants, ("width", "depth"), settings, label)
 
 
-def _outer_variant(label: str, height: int, width: int, gather_left: bool) -> Variant:
+def _outer_variant(label: str, gather_left: bool, hopper: bool) -> Variant:
     signature = {
         "left_ptr": "*bf16", "right_ptr": "*bf16", "dw_ptr": "*bf16", "offset_ptr": "*i32", "pair_ptr": "*i32",
         "top_k": "i32", "height": "i32", "width": "i32",
     }  # fmt: skip
     constants = {"GATHER_LEFT": gather_left, "EVEN": True}
-    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), OUTER, label)
+    settings, label = (OUTER, label) if hopper else (without_copy_engine(OUTER), f"{label} before Hopper")
+    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), settings, label)
 
 
 def variant(

@@ -96,12 +96,12 @@ def backward_of_activation(
 
 
 def aot_variants() -> list[Variant]:
-    """Both kernels for bfloat16, with and without Hopper's copy engine; sizes are not compiled in."""
-    found = [_variant("up", _project_up, UP, tma, {"KEEP": keep}) for keep in (True, False) for tma in (1, 0)]
-    return found + [_variant("activation", _backward_of_activation, ACTIVATION, tma, {}) for tma in (1, 0)]
+    """Both kernels for bfloat16, for Hopper and for what came before; sizes are not compiled in."""
+    found = [_variant("up", _project_up, UP, tma, {"KEEP": keep}) for keep in (True, False) for tma in (True, False)]
+    return found + [_variant("activation", _backward_of_activation, ACTIVATION, tma, {}) for tma in (True, False)]
 
 
-def _variant(label: str, kernel: Any, settings: Settings, tma: int, constants: dict[str, Any]) -> Variant:
+def _variant(label: str, kernel: Any, settings: Settings, tma: bool, constants: dict[str, Any]) -> Variant:
     settings = settings if tma else without_copy_engine(settings)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
     block = (1, block_k, block_n) if kernel is _project_up else (1, block_n, block_k)
@@ -114,7 +114,8 @@ def _variant(label: str, kernel: Any, settings: Settings, tma: int, constants: d
     }
     signature = {name: kinds.get(name, "*bf16") for name in pointers} | dict.fromkeys(integers, "i32")
     signature["w"] = descriptor_type("bf16", *block) if tma else "*bf16"
-    label = " ".join([label, "TMA" if tma else "pointers", *(["inference"] if constants.get("KEEP") is False else [])])
+    label += "" if constants.get("KEEP", True) else " for inference"
+    label += "" if tma else " before Hopper"
     constants = {**constants, "EVEN": True, "BLOCK_M": 128}
     return variant("moe_swiglu", kernel, signature, constants, ("width", "depth"), settings, label)
 
