@@ -77,7 +77,7 @@ def quantise_int8(weight_EDN: Tensor, group: int | None = None) -> QuantisedWeig
         ValueError: the weights are not (E, D, N) floats, or the group is unknown or does not divide D.
     """
     group = _check_weight(weight_EDN, group)
-    w_EGKN = weight_EDN.unflatten(1, (-1, group)).to(torch.promote_types(weight_EDN.dtype, torch.float32))
+    w_EGKN = torch.unflatten(weight_EDN, 1, (-1, group)).to(torch.promote_types(weight_EDN.dtype, torch.float32))
     scale_EGN = _scale(w_EGKN.abs().amax(2) / 127, weight_EDN.dtype)
     q_EGKN = (w_EGKN / scale_EGN.to(w_EGKN.dtype).unsqueeze(2)).round_().clamp_(-127, 127)
     return QuantisedWeight(q_EGKN.to(torch.int8).flatten(1, 2), scale_EGN, None, 8, group)
@@ -97,7 +97,7 @@ def quantise_int4(weight_EDN: Tensor, group: int = 128, *, zero_points: bool = F
     if group not in GROUPS:
         raise ValueError(f"group = {group} must be one of {', '.join(map(str, GROUPS))} for 4 bits")
     _check_weight(weight_EDN, group)
-    w_EGKN = weight_EDN.unflatten(1, (-1, group)).to(torch.promote_types(weight_EDN.dtype, torch.float32))
+    w_EGKN = torch.unflatten(weight_EDN, 1, (-1, group)).to(torch.promote_types(weight_EDN.dtype, torch.float32))
     if zero_points:
         low_EGN, high_EGN = w_EGKN.amin(2).clamp(max=0), w_EGKN.amax(2).clamp(min=0)
         scale_EGN = _scale((high_EGN - low_EGN) / 15, weight_EDN.dtype)
@@ -279,9 +279,9 @@ def _dequantised(
     """Of one expert, or with the experts as a leading dimension."""
     wide = torch.promote_types(dtype or scale_GN.dtype, torch.float32)
     if data_QN.dtype == torch.int8:
-        level_GKN = data_QN.unflatten(-2, (-1, group)).to(wide)
+        level_GKN = torch.unflatten(data_QN, -2, (-1, group)).to(wide)
     else:
-        byte_GJN = data_QN.unflatten(-2, (-1, group // 2))
+        byte_GJN = torch.unflatten(data_QN, -2, (-1, group // 2))
         level_GKN = torch.cat([byte_GJN & 15, byte_GJN >> 4], dim=-2).to(wide)
         level_GKN -= MIDDLE if zero_GN is None else zero_GN.to(wide).unsqueeze(-2)
     return (level_GKN * scale_GN.to(wide).unsqueeze(-2)).flatten(-3, -2).to(dtype or scale_GN.dtype)
@@ -387,7 +387,8 @@ if triton is not None:
                 at = expert.to(tl.int64) * (width // GROUP) * outputs + cols
                 for k in range(0, stored, BLOCK_K):
                     group = k // per_group
-                    begin = group * GROUP + k % per_group
+                    # the hint keeps x's loads wide enough to be asynchronous
+                    begin = tl.multiple_of(group * GROUP + k % per_group, 16)
                     q = tl.load(q_ptrs, mask=some_cols[:, None], other=0)
                     x = tl.load(x_ptrs + begin, mask=some_rows[None, :], other=0.0)
                     if PACKED:
