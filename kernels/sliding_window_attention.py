@@ -14,8 +14,8 @@ Memory grows with S * window at most, never with S^2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ def _flex(query_BHSP: Tensor, key_BGSP: Tensor, value_BGSP: Tensor, window: int,
     length, device = query_BHSP.shape[2], query_BHSP.device
     # inside a graph that is being compiled the caches would only be traced through
     compiling = torch.compiler.is_compiling()
-    attend: Callable[..., object] = flex_attention if compiling else _compiled_flex()
+    attend: Any = flex_attention if compiling else _compiled_flex()
     mask = window_blocks(length, window, device) if compiling else _kept_blocks(length, window, device)
     mixed_BHSP = attend(query_BHSP, key_BGSP, value_BGSP, block_mask=mask, scale=scale, enable_gqa=True)
     assert isinstance(mixed_BHSP, Tensor)
@@ -170,5 +170,5 @@ _kept_blocks = lru_cache(maxsize=16)(window_blocks)
 
 
 @cache
-def _compiled_flex() -> Callable[..., object]:
+def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
