@@ -214,7 +214,7 @@ def _linear_lse_backward(
             torch.mm(part_TC.T, x_TD, out=dweight_VD[start:end])
         if need_x:
             sum_TD += torch.mm(part_TC, weight_VD[start:end])
-    return sum_TD.to(x_TD.dtype, copy=True), dweight_VD
+    return sum_TD.to(x_TD.dtype), dweight_VD
 
 
 @_linear_lse_backward.register_fake

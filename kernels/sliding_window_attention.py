@@ -14,8 +14,8 @@ Memory grows with S * window at most, never with S^2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +128,13 @@ def _blocked(query_BHSP: Tensor, key_BGSP: Tensor, value_BGSP: Tensor, window: i
         mask = _band(query.shape[2], key.shape[2], window, ahead, device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
-    mixed = [attend(*(one[:, :, :block] for one in (query_BHSP, key_BGSP, value_BGSP)), 0)]
+    mixed = [attend(query_BHSP[:, :, :block], key_BGSP[:, :, :block], value_BGSP[:, :, :block], 0)]
     if length > block:
         ahead = window - 1
         query = _blocks(query_BHSP[:, :, block:], block, block)
         key, value = (_blocks(one[:, :, block - ahead :], block + ahead, block) for one in (key_BGSP, value_BGSP))
         rest = attend(query, key, value, ahead)
-        mixed.append(rest.unflatten(0, (len(query_BHSP), -1)).transpose(1, 2).flatten(2, 3))
+        mixed.append(torch.unflatten(rest, 0, (len(query_BHSP), -1)).transpose(1, 2).flatten(2, 3))
     return torch.cat(mixed, 2)[:, :, :length]
 
 
@@ -153,7 +153,7 @@ def _flex(query_BHSP: Tensor, key_BGSP: Tensor, value_BGSP: Tensor, window: int,
     length, device = query_BHSP.shape[2], query_BHSP.device
     # inside a graph that is being compiled the caches would only be traced through
     compiling = torch.compiler.is_compiling()
-    attend = flex_attention if compiling else _compiled_flex()
+    attend: Any = flex_attention if compiling else _compiled_flex()
     mask = window_blocks(length, window, device) if compiling else _kept_blocks(length, window, device)
     mixed_BHSP = attend(query_BHSP, key_BGSP, value_BGSP, block_mask=mask, scale=scale, enable_gqa=True)
     assert isinstance(mixed_BHSP, Tensor)
@@ -170,5 +170,5 @@ _kept_blocks = lru_cache(maxsize=16)(window_blocks)
 
 
 @cache
-def _compiled_flex() -> Callable[..., object]:
+def _compiled_flex() -> Any:
     return torch.compile(flex_attention)

@@ -87,9 +87,9 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("window", [30, 31, 10**9])
 def test_a_window_over_the_whole_sequence_is_causal_attention(window: int) -> None:
     inputs = make(30)
-    wanted = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).detach()
-    assert_near(sliding_window_attention(*inputs, window).detach(), wanted, 1e-12)
-    assert_near(op._blocked(*inputs, min(window, 100), None).detach(), wanted, 1e-12)
+    wanted = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.7, enable_gqa=True).detach()
+    assert_near(sliding_window_attention(*inputs, window, scale=0.7).detach(), wanted, 1e-12)
+    assert_near(op._blocked(*inputs, min(window, 100), 0.7).detach(), wanted, 1e-12)
 
 
 def test_one_position_and_none() -> None:
