@@ -43,6 +43,7 @@ from deepseek_ray.kernels.moe_swiglu import backward_of_activation, project_up
 from deepseek_ray.kernels.tuning import Settings, tune
 
 _COMBINE = 1024
+_CHOICES = 8
 _PAIRS = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -122,8 +123,8 @@ def _composed(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor,
         fixed_shapes = torch.compiler.is_compiling() or x_TD.is_meta
         return (_dense if fixed_shapes else fused_moe_ref)(x_TD, expert_TK, gate_TK, up_ED2I, down_EID)
     num_experts, top_k = len(up_ED2I), expert_TK.shape[1]
-    choice_S = expert_TK.flatten().long()
-    choice_S = torch.where((choice_S >= 0) & (choice_S < num_experts), choice_S, num_experts)
+    kept_TK = (expert_TK >= 0) & (expert_TK < num_experts)
+    choice_S = torch.where(kept_TK, expert_TK, num_experts).flatten().long()
     order_S = choice_S.argsort(stable=True)
     count_E = (choice_S.unsqueeze(1) == torch.arange(num_experts, device=x_TD.device)).sum(0)
     offset_E = count_E.cumsum(0).to(torch.int32)
@@ -134,7 +135,8 @@ def _composed(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor,
     y_SD = torch.where(kept_S1, F.grouped_mm(a_SI, down_EID, offs=offset_E), 0)
     y_TKD = y_SD[order_S.argsort()].view(*expert_TK.shape, -1)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    return (y_TKD * gate_TK.to(wide).unsqueeze(-1)).sum(1).to(x_TD.dtype)
+    gate_TK = torch.where(kept_TK, gate_TK, 0).to(wide)
+    return (y_TKD * gate_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
 def _dense(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ def combine(y_SD: Tensor, routing: Routing, gate_TK: Tensor | None, top_k: int) 
     block = min(_COMBINE, max(16, triton.next_power_of_2(width)))
     _combine[(num_tokens, triton.cdiv(width, block))](
         y_SD, y_SD if gate_TK is None else gate_TK, y_TD, routing.row_S, top_k, width,
-        GATED=gate_TK is not None, BLOCK=block,
+        GATED=gate_TK is not None, CHOICES=min(_CHOICES, triton.next_power_of_2(top_k)), BLOCK=block,
     )  # fmt: skip
     return y_TD
 
@@ -307,7 +309,7 @@ def _seconds(launch: Callable[[Settings], object], settings: Settings) -> float:
 def aot_variants() -> list[Variant]:
     """The two small kernels of this file; the products are listed where they are."""
     combined = {"y_ptr": "*bf16", "router_ptr": "*fp32", "out_ptr": "*bf16", "row_ptr": "*i32", "top_k": "i32"}
-    constants = {"GATED": True, "BLOCK": _COMBINE}
+    constants = {"GATED": True, "CHOICES": _CHOICES, "BLOCK": _COMBINE}
     parts = {"part_ptr": "*fp32", "row_ptr": "*i32", "out_ptr": "*fp32", "num_pairs": "i32", "num_parts": "i32"}
     return [
         Variant("fused_moe", _combine, {**combined, "width": "i32"}, constants, ("width",), label="combine"),
@@ -318,17 +320,23 @@ def aot_variants() -> list[Variant]:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def _combine(y_ptr, router_ptr, out_ptr, row_ptr, top_k, width, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
+    def _combine(  # type: ignore[no-untyped-def, unused-ignore]
+        y_ptr, router_ptr, out_ptr, row_ptr, top_k, width,
+        GATED: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        # Several rows are on their way from memory at a time.
         token = tl.program_id(0).to(tl.int64)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for choice in range(top_k):
-            row = tl.load(row_ptr + token * top_k + choice)
-            inside = (columns < width) & (row >= 0)
-            y = tl.load(y_ptr + row.to(tl.int64) * width + columns, mask=inside, other=0.0).to(tl.float32)
+        for first in range(0, top_k, CHOICES):
+            choices = first + tl.arange(0, CHOICES)
+            pairs = token * top_k + choices
+            row = tl.load(row_ptr + pairs, mask=choices < top_k, other=-1)
+            y_ptrs = y_ptr + row.to(tl.int64)[:, None] * width + columns[None, :]
+            y = tl.load(y_ptrs, mask=(row >= 0)[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
             if GATED:
-                y *= tl.load(router_ptr + token * top_k + choice).to(tl.float32)
-            total += y
+                y *= tl.load(router_ptr + pairs, mask=row >= 0, other=0.0).to(tl.float32)[:, None]
+            total += tl.sum(y, axis=0)
         tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=columns < width)
 
     @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator, unused-ignore]

@@ -62,8 +62,9 @@ def layer(
     if kind == "elsewhere":  # some pairs belong to experts of another process, some tokens wholly
         expert_TK = torch.randint(-1, experts + 2, (tokens, top_k))
         expert_TK[::5] = -1
+    gate_TK = torch.where((expert_TK >= 0) & (expert_TK < experts), torch.rand(tokens, top_k), float("inf"))
     made = Layer(
-        torch.randn(tokens, width).to(dtype), expert_TK, torch.rand(tokens, top_k).to(dtype),
+        torch.randn(tokens, width).to(dtype), expert_TK, gate_TK.to(dtype),
         (torch.randn(experts, width, 2, hidden) / width**0.5).to(dtype),
         (torch.randn(experts, hidden, width) / hidden**0.5).to(dtype),
     )  # fmt: skip
@@ -187,7 +188,7 @@ def test_the_kernels_equal_the_reference(
 @needs_kernels
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "width", "hidden"),
-    [(1, 1, 1, 1, 1), (1, 3, 4, 16, 8), (5, 1, 3, 24, 33), (6, 4, 4, 8, 8), (3, 6, 2, 17, 16)],
+    [(1, 1, 1, 1, 1), (1, 3, 4, 16, 8), (5, 1, 3, 24, 33), (6, 4, 4, 8, 8), (3, 11, 2, 17, 16)],
     ids=["all 1", "one token", "one choice", "all experts", "more choices than experts"],
 )
 def test_edges(
