@@ -70,7 +70,7 @@ def guarded(program: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EACCES):
+        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENOTDIR):
             raise
         print(f"error: {error.filename or 'The disk'}: {error.strerror}. Fix: see deepseek-ray doctor", file=sys.stderr)
         return EXIT_REFUSED

@@ -80,6 +80,10 @@ class ParallelConfig(Section):
     schedule: Schedule = "1F1B"
     stages_per_rank: int = Field(0, ge=0, description="pipeline stages a process; 0: what the schedule needs")
 
+    def degrees(self) -> str:
+        """As ``verify mesh`` takes them: ``pp=1,dp_replicate=1,dp_shard=2,tp=1,ep=2``."""
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in ("pp", "dp_replicate", "dp_shard", "tp", "ep"))
+
     @property
     def data(self) -> int:
         """Processes that read different rows."""
@@ -127,7 +131,7 @@ class CorpusConfig(Section):
     """Text to train on: UTF-8 files, byte by byte."""
 
     folder: str = Field("", description="folder of text files; empty: the sources of Python's standard library")
-    pattern: str = "**/*.py"
+    pattern: str = Field("**/*.py", pattern=r"^[^/]", description="of the files, below the folder")
     max_bytes: int = Field(16 << 20, ge=1024)
     seq_len: int = Field(128, ge=2)
 

@@ -8,6 +8,7 @@
     ├── FeatureError           features cannot be computed, stored or served
     │   └── StaleEventError    an event is older than its card's last event
     ├── CheckpointError        a checkpoint is torn, tampered with or missing
+    ├── DivergedError          training left the numbers
     ├── ModelFormatError       a saved model does not match its own description
     ├── RegistryError          the registry refused or is unavailable
     │   ├── RegistryUnavailableError
@@ -80,6 +81,10 @@ class StaleEventError(FeatureError):
 
 class CheckpointError(DeepseekRayError):
     """A checkpoint is torn, tampered with or missing."""
+
+
+class DivergedError(DeepseekRayError):
+    """Training left the numbers: a loss or a gradient is not finite."""
 
 
 class ModelFormatError(DeepseekRayError):

@@ -20,6 +20,8 @@ from deepseek_ray.train.reshard import verify_checkpoint
 
 def mesh(options: argparse.Namespace) -> int:
     """Print how far a mesh is from one process, step by step; exit status 1 when too far."""
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps}.", fix="give 1 or more")
     config = _config(options, options.mesh, schedule=options.schedule)
     if not _has(options, "step.batch_size"):
         config = verification_config(config)
@@ -55,6 +57,10 @@ def recovery(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Print the meshes that fit, the fastest first, with what each needs and why."""
+    for name in ("gpus", "memory", "gpus_per_node", "top"):
+        if getattr(options, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(options, name)}.", fix="give a number above 0")
     config = load_moe_preset(options.config, file=options.file, overrides=options.overrides)
     machine = Machine(memory_gib=options.memory, gpus_per_node=options.gpus_per_node)
     plans = propose(config, options.gpus, machine)
@@ -65,9 +71,11 @@ def plan(options: argparse.Namespace) -> int:
         schedule = one.degrees.schedule if one.degrees.pp > 1 else "-"
         times = (f"{one.bubble:.1%}", f"{one.traffic_s:.2f}s", f"{one.step_s:.2f}s")
         print(_row(one.mesh(), schedule, *(f"{size:.1f}" for size in sizes), *times))
-    axes = "".join(f" --set parallel.{degree}" for degree in plans[0].mesh().split(","))
-    print(f"Next: python -m pipelines.moe.train --config {options.config}{axes} "
-          f"--set parallel.schedule={plans[0].degrees.schedule}")  # fmt: skip
+    best = plans[0].degrees
+    same = f" --file {options.file}" if options.file else ""
+    settings = [*(f"parallel.{degree}" for degree in best.degrees().split(",")), f"parallel.schedule={best.schedule}"]
+    chosen = "".join(f" --set {one}" for one in [*options.overrides, *settings])
+    print(f"Next: python -m pipelines.moe.train --config {options.config}{same}{chosen}")
     return 0
 
 
@@ -94,6 +102,11 @@ def _row(mesh: str, schedule: str, *cells: str) -> str:
 
 
 def _config(options: argparse.Namespace, mesh: str, schedule: str | None = None) -> MoEConfig:
+    for flag, folder in (("--json", options.json and options.json.absolute().parent), ("--shared", options.shared)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{flag}: there is no folder {str(folder)!r}.", fix="make it first")
+    if _has(options, "step.precision"):
+        raise ConfigError("--set step.precision: what is verified is named otherwise.", fix="give --dtype")
     one = dict.fromkeys(("pp", "dp_replicate", "dp_shard", "tp", "ep"), 1)
     degrees = [f"parallel.{axis}={degree}" for axis, degree in (one | parse_mesh(mesh)).items()]
     chosen = [f"parallel.schedule={schedule}"] if schedule else []

@@ -23,6 +23,7 @@ from deepseek_ray.models.files import sha256_of
 
 FORMAT = "deepseek_ray.backbone/1"
 CONFIG_FILE = "config.json"
+_OF_TRAINING = {"dropout", "bias_rate", "balance_loss", "z_loss", "max_seq_len"}
 
 
 def save_pretrained(model: Backbone, folder: str | Path) -> Path:
@@ -79,17 +80,21 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Bac
 
 
 def check(folder: str | Path, shape: BackboneConfig) -> None:
-    """Make sure that a saved model is whole and has a shape.
+    """Make sure that a saved model is whole and has a shape; how it was trained does not matter.
 
     Raises:
-        ModelFormatError: a file is missing or changed, or the shape is another.
+        ModelFormatError: a file is missing, changed or too many, or the shape is another.
     """
     source = Path(folder)
     config, files = _read_config(source)
-    other = [name for name, value in shape.model_dump().items() if getattr(config, name) != value]
-    if other:
-        was, wanted = getattr(config, other[0]), getattr(shape, other[0])
-        raise _bad(source, f"its {other[0]} is {was!r}, not {wanted!r}")
+    for name, wanted in shape.model_dump(exclude=_OF_TRAINING).items():
+        if (was := getattr(config, name)) != wanted:
+            raise ModelFormatError(
+                f"The model in {str(source)!r} has backbone.{name} = {was!r}, not {wanted!r}.",
+                fix=f"set backbone.{name}={was}",
+            )
+    if foreign := {file.name for file in source.glob("*.safetensors")} - files.keys():
+        raise _bad(source, f"it holds files that {CONFIG_FILE} does not name: {sorted(foreign)}")
     for name, digest in files.items():
         if not (source / name).is_file() or sha256_of(source / name) != digest:
             raise _bad(source, f"{name} is missing or its checksum is not the one in {CONFIG_FILE}")

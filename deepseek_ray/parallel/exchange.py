@@ -22,7 +22,13 @@ Weights = Sequence[tuple[str, nn.Parameter]]
 
 
 class GradientExchange(Protocol):
-    """Sums the gradients of all replicas, in place."""
+    """Sums the gradients of all replicas, in place.
+
+    Attributes:
+        delays: some of a gradient may come in a later step, unless told to flush.
+    """
+
+    delays: bool
 
     def sum_gradients(self, weights: Weights, *, flush: bool) -> None:
         """Make every replica hold the sum.
@@ -43,6 +49,8 @@ class TopK:
         group: the processes that hold the same shards.
         fraction: K / N.
     """
+
+    delays = True
 
     def __init__(self, group: dist.ProcessGroup, fraction: float) -> None:
         self.group, self.fraction = group, fraction

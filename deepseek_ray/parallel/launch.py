@@ -20,7 +20,7 @@ import torch
 from torch import distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from deepseek_ray.errors import EnvironmentProblemError
+from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError
 
 
 def run_processes(
@@ -36,7 +36,8 @@ def run_processes(
         timeout_s: of one collective.
 
     Raises:
-        EnvironmentProblemError: a process raised or died; carries the first one's traceback.
+        DeepseekRayError: what a process raised on purpose.
+        EnvironmentProblemError: a process raised something else or died; carries the first one's traceback.
     """
     if backend != "gloo":
         raise EnvironmentProblemError(f"Backend {backend!r} needs one process a device.", fix="run it on a cluster")
@@ -75,6 +76,8 @@ def _results(pipes: list[Connection]) -> list[Any]:
                 done, value = ready.recv()
             except EOFError:
                 raise EnvironmentProblemError(f"Process {rank} of {len(pipes)} died.", fix="see its output") from None
+            if isinstance(value, DeepseekRayError):
+                raise value
             if not done:
                 raise EnvironmentProblemError(f"Process {rank} of {len(pipes)} failed:\n{value}", fix="see above")
             results[rank] = value
@@ -93,6 +96,8 @@ def _child(
         )  # fmt: skip
         _send(pipe, True, work(*arguments))
         dist.barrier()  # nobody leaves while others still need its connections
+    except DeepseekRayError as error:
+        _send(pipe, False, error)
     except BaseException:
         _send(pipe, False, traceback.format_exc())
     finally:

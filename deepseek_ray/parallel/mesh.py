@@ -97,8 +97,8 @@ def check_mesh(config: MoEConfig) -> None:
     _divides("backbone.num_experts", shape.num_experts, "parallel.ep", degrees.ep)
     for name in ("num_heads", "num_kv_heads", "d_dense", "d_expert"):
         _divides(f"backbone.{name}", getattr(shape, name), "parallel.tp", tp)
-    if shape.adapter == "tokens":
-        _divides("corpus.seq_len", config.corpus.seq_len, "parallel.tp", tp)
+    _divides("corpus.seq_len", config.corpus.seq_len, "parallel.tp", tp)
+    if shape.adapter == "tokens" or shape.head == "language":
         _divides("backbone.vocab_size", shape.vocab_size, "parallel.tp", tp)
     _divides("step.batch_size", step.batch_size, "dp_replicate * dp_shard * step.micro_batch_size", rows)
     local_experts, efsdp = shape.num_experts // degrees.ep, degrees.dp_shard // degrees.ep

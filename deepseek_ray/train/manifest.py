@@ -1,4 +1,4 @@
-"""What makes a checkpoint folder complete: a manifest, written last, with the sha256 of every file.
+"""What makes a checkpoint folder complete: a manifest, written last, with the sha256 of every file and of itself.
 
 The newest folder whose files all match wins; a torn or changed one is skipped with a warning, and an older one is used.
 This is our own commit: a report to Ray Train is none, because a crash right after it loses the report.
@@ -6,10 +6,13 @@ This is our own commit: a report to Ray Train is none, because a crash right aft
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ def commit(target: Path, content: Mapping[str, Any]) -> None:
     names = sorted(path.name for path in target.iterdir() if path.name != MANIFEST)
     for name in names:
         sync(target / name)
-    files = {name: sha256_of(target / name) for name in names}
+    whole = {**content, "files": _digests(target, names)}
     draft = target / f".{MANIFEST}"
-    draft.write_text(json.dumps({**content, "files": files}, indent=2, sort_keys=True), encoding="utf-8")
+    text = json.dumps({**whole, "digest": _digest(whole)}, indent=2, sort_keys=True)
+    draft.write_text(text, encoding="utf-8")
     sync(draft)
     os.replace(draft, target / MANIFEST)
     sync(target)
@@ -43,7 +47,10 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        changed = [name for name, digest in content["files"].items() if sha256_of(path / name) != digest]
+        if content.pop("digest") != _digest(content):
+            raise CheckpointError(f"Checkpoint {str(path)!r} has a changed manifest.", fix="use an older one")
+        found = _digests(path, list(content["files"]))
+        changed = [name for name, digest in content["files"].items() if found[name] != digest]
         changed += sorted({file.name for file in path.iterdir()} - {MANIFEST, *content["files"]})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"Checkpoint {str(path)!r} is torn: {error}.", fix="use an older one") from error
@@ -66,7 +73,7 @@ def newest(folder: Path, prefix: str, fingerprint: str) -> tuple[Path, dict[str,
         except CheckpointError as error:
             _log.warning("skipped a checkpoint: %s", error)
             continue
-        if dict(content.get("notes", {})).get("fingerprint") == fingerprint:
+        if content["notes"].get("fingerprint") == fingerprint:
             return path, content
         _log.info("skipped %s: it belongs to other data or settings", path)
     return None
@@ -74,8 +81,9 @@ def newest(folder: Path, prefix: str, fingerprint: str) -> tuple[Path, dict[str,
 
 def folders(folder: Path, prefix: str) -> list[Path]:
     """Folders ``prefix-NNNNNN``, newest first, complete or not."""
-    found = folder.glob(f"{prefix}-" + "[0-9]" * 6) if folder.is_dir() else ()
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    numbered = re.compile(re.escape(prefix) + r"-(\d{6,})")
+    matches = [match for path in folder.glob(f"{prefix}-*") if (match := numbered.fullmatch(path.name))]
+    return [folder / match[0] for match in sorted(matches, key=lambda match: int(match[1]), reverse=True)]
 
 
 def prune(folder: Path, prefix: str, keep: int) -> None:
@@ -85,3 +93,13 @@ def prune(folder: Path, prefix: str, keep: int) -> None:
     for old in found:
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """File -> sha256; several at once, for large models are hundreds of files."""
+    with ThreadPoolExecutor(max_workers=min(16, max(1, len(names)))) as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))

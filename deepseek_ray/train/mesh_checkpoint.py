@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from deepseek_ray.train.pretrain_step import Stepper
 
 PREFIX = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PATIENCE = timedelta(hours=1)
 _UPDATES, _LOSS_SCALE = "optimiser.updates", "optimiser.loss_scale"
 
 
@@ -62,7 +64,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, fingerprint: str, *, keep: int = 2, background: bool = False) -> None:
         self.folder, self.fingerprint, self.keep, self.background = folder, fingerprint, keep, background
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # beside training's own
+        self._group = _patient_group()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -147,8 +149,8 @@ def load_newest(folder: Path, fingerprint: str, stepper: Stepper) -> int:
     """
     found = manifest.newest(folder, PREFIX, fingerprint) if _is_first() else None
     chosen: list[Any] = [found and (str(found[0]), int(found[1]["step"]))]
-    if dist.is_initialized():  # one process looks, so that all load the same
-        dist.broadcast_object_list(chosen, src=0)
+    if (group := _patient_group()) is not None:  # one process looks, so that all load the same
+        dist.broadcast_object_list(chosen, src=0, group=group)
     if chosen[0] is None:
         return 0
     path, done = chosen[0]
@@ -206,6 +208,11 @@ def _quiet_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
         yield
+
+
+def _patient_group() -> dist.ProcessGroup | None:
+    """A group beside training's own, whose processes wait while one of them reads hundreds of gigabytes."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
 
 
 def _is_first() -> bool:

@@ -60,6 +60,8 @@ class ParameterServer:
         timeout_s: longest wait for the other replicas.
     """
 
+    delays = False
+
     def __init__(self, mesh: Mesh, job: str, timeout_s: float) -> None:
         shard = "-".join(str(mesh.rank(axis)) for axis in ("pp", "dp_shard", "tp"))
         self.replica, self.timeout_s, self._round = mesh.rank("dp_replicate"), timeout_s, 0

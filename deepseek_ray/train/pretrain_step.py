@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from deepseek_ray.config_moe import MoEConfig, StepConfig
 from deepseek_ray.data.samples import Samples
+from deepseek_ray.errors import DivergedError
 from deepseek_ray.models.dropout import sample_keys
 from deepseek_ray.parallel.apply import SpreadModel, joined_counts
 from deepseek_ray.parallel.exchange import GradientExchange
@@ -66,11 +67,15 @@ class Stepper:
         return self.update(number, self.backward(number))
 
     def update(self, number: int, loss: float) -> StepReport:
-        """Clip the gradients of step ``number``, move the weights by them, balance the experts."""
+        """Clip the gradients of step ``number``, move the weights by them, balance the experts.
+
+        Raises:
+            DivergedError: loss or gradients are not finite, and no smaller loss scale could help.
+        """
         settings = self.config.step
         finite = self._finite()  # first: what overflowed must not stay in an exchange
-        flush = (number + 1) % settings.checkpoint_every == 0  # a checkpoint must hold all there is
-        if self.exchange is not None and flush and not finite:
+        flush = saves(number, settings)  # a checkpoint must hold all there is
+        if self.exchange is not None and self.exchange.delays and flush and not finite:
             for _, weight in self.model.named_parameters():
                 if weight.grad is not None:
                     weight.grad.zero_()  # the step is made of what the exchange still owes
@@ -82,7 +87,10 @@ class Stepper:
         norm = math.inf
         if finite:
             norm = self._clip()
+            self._refuse_divergence(number, loss, norm)
             self.optimiser.step()
+        elif self.scale is not None and self.scale.value == 1.0:
+            self._refuse_divergence(number, loss, norm)
         load = joined_counts(self.model)
         for layer, router in self.model.routers().items():
             router.balance(load[layer], self.config.backbone.bias_rate)
@@ -125,6 +133,14 @@ class Stepper:
         self.model.loss_scale = self.scale.value
         return finite
 
+    def _refuse_divergence(self, number: int, loss: float, norm: float) -> None:
+        """The same on every process: both figures are those of the whole mesh."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergedError(
+                f"Training diverged at step {number}: loss {loss:g}, gradient norm {norm:g}.",
+                fix="lower step.lr, or set step.max_grad_norm; the checkpoints are from before",
+            )
+
     def restore_scale(self, state: Tensor) -> None:
         """Go on with the loss scale of a checkpoint."""
         assert self.scale is not None
@@ -138,6 +154,11 @@ class Stepper:
             clip_by_unit(named, settings.adaptive_clip)
         group = mesh.group("pp") if mesh else None
         return float(clip_by_global_norm((weight for _, weight in named), settings.max_grad_norm, group))
+
+
+def saves(number: int, settings: StepConfig) -> bool:
+    """Whether a checkpoint follows step ``number``."""
+    return (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps
 
 
 def make_adamw(model: SpreadModel, settings: StepConfig) -> torch.optim.AdamW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -16,30 +17,78 @@ from torch import distributed as dist
 
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.data.corpus import Corpus
-from deepseek_ray.errors import DataError
+from deepseek_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeepseekRayError,
+    DivergedError,
+    ModelFormatError,
+)
+from deepseek_ray.logs import get_logger
 from deepseek_ray.parallel.resize import fit_mesh
+from deepseek_ray.paths import replace_text
 from deepseek_ray.train.callbacks import Callback
 from deepseek_ray.train.parameter_server import ParameterServer
 from deepseek_ray.train.pretrain_step import StepReport
-from deepseek_ray.train.pretraining import own_device, pretrain
+from deepseek_ray.train.pretraining import MakeServer, own_device, pretrain
 
 PROGRESS, WORKERS, FAULT = "progress.jsonl", "workers.jsonl", "fault"
+WARNINGS, REFUSAL = "warnings.log", "refusal"
+FINAL = (ConfigError, DataError, ModelFormatError, CheckpointError, DivergedError)
+"""Errors that a worker meets again when it is started again."""
+
+_log = get_logger(__name__)
 
 
 def pretrain_loop(settings: dict[str, Any]) -> None:
     """Train on the largest mesh that the workers of this start make; the spare ones leave at once.
 
+    An error that a restart would meet again is left in a file: workers that are started again see it and leave.
+
     Args:
-        settings: ``config`` (plain), ``folder``, ``data_digest``, and ``fault``, a Fault or None.
+        settings: ``config`` (plain), ``folder``, ``data_digest``, ``attempt`` (of the driver), and ``fault``, a Fault
+            or None.
 
     Raises:
         DataError: this node's corpus is not the driver's.
     """
-    config = fit_mesh(MoEConfig.model_validate(settings["config"]), dist.get_world_size())
-    torch.set_num_threads(config.cluster.threads_per_worker)
-    if _leave_spares(config):
+    folder, refusal = Path(settings["folder"]), Path(settings["folder"]) / f"{REFUSAL}-{settings['attempt']}"
+    if refusal.exists():
         return
-    run_here(config, Path(settings["folder"]), settings["data_digest"], settings["fault"])
+    try:
+        asked, offered = MoEConfig.model_validate(settings["config"]), dist.get_world_size()
+        config = fit_mesh(asked, offered)
+        torch.set_num_threads(config.cluster.threads_per_worker)
+        if dist.get_rank() == 0:
+            _keep_warnings(folder / WARNINGS)
+            if config.parallel != asked.parallel:
+                _log.warning("%d processes are offered: the mesh is now %s", offered, config.parallel.degrees())
+        if _leave_spares(config):
+            return
+        run_here(config, folder, settings["data_digest"], settings["fault"])
+    except FINAL as error:
+        plain = {"kind": type(error).__name__, "message": error.message, "fix": error.fix}
+        replace_text(refusal, json.dumps(plain))
+        raise
+
+
+def read_refusal(folder: Path, attempt: str) -> DeepseekRayError | None:
+    """The error that workers of an attempt left, if they did."""
+    file = folder / f"{REFUSAL}-{attempt}"
+    if not file.is_file():
+        return None
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    kind = next(one for one in FINAL if one.__name__ == plain["kind"])
+    return kind(plain["message"], fix=plain["fix"])
+
+
+def _keep_warnings(file: Path) -> None:
+    """What this worker warns of, in a file that the driver shows."""
+    handler = logging.FileHandler(file)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("deepseek_ray").addHandler(handler)
 
 
 @dataclass(frozen=True)
@@ -69,13 +118,17 @@ def run_here(config: MoEConfig, folder: Path, data_digest: str, fault: Fault | N
     callbacks: list[Callback] = [ProgressNotes(folder / PROGRESS, config)] if rank == 0 else []
     if fault is not None and fault.rank == rank:
         callbacks.append(_Dies(fault, folder / FAULT))
+    pretrain(
+        config, corpus, folder, data_digest=data_digest, device=device, callbacks=callbacks,
+        make_server=server_of(config),
+    )  # fmt: skip
+
+
+def server_of(config: MoEConfig) -> MakeServer:
+    """How a worker of Ray Train reaches its parameter server."""
     # a restart has another coordinator, hence other servers: rounds of a dead group never mix with its own
     job = f"gradients-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
-    pretrain(
-        config, corpus, folder, data_digest=data_digest, device=device,
-        callbacks=callbacks,
-        make_server=lambda mesh: ParameterServer(mesh, job, config.cluster.timeout_s),
-    )  # fmt: skip
+    return lambda mesh: ParameterServer(mesh, job, config.cluster.timeout_s)
 
 
 class ProgressNotes(Callback):
@@ -88,6 +141,9 @@ class ProgressNotes(Callback):
 
     def __init__(self, file: Path, config: MoEConfig) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.read_bytes().endswith(b"\n"):
+            with file.open("a", encoding="utf-8") as stream:  # a killed process left half a line
+                stream.write("\n")
         self.file, self.config, self._last, self._started = file, config, time.perf_counter(), time.time()
 
     def after_step(self, report: StepReport) -> None:

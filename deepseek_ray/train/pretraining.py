@@ -21,7 +21,7 @@ from deepseek_ray.parallel.mesh import Mesh
 from deepseek_ray.train.callbacks import Callback
 from deepseek_ray.train.mesh_checkpoint import CheckpointWriter, import_pretrained, load_newest
 from deepseek_ray.train.precision import precision_of
-from deepseek_ray.train.pretrain_step import Stepper
+from deepseek_ray.train.pretrain_step import Stepper, saves
 
 _FREE = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "background_checkpoints", "recompute", "compile"}
 
@@ -99,6 +99,7 @@ def pretrain(
 
     Raises:
         CheckpointError: a checkpoint cannot be written, or the newest one holds another model.
+        DivergedError: the loss or the gradients are not finite.
     """
     stepper = make_stepper(config, samples, device, make_server)
     stepper.callbacks += callbacks
@@ -112,28 +113,41 @@ def pretrain(
     )
     for number in range(start, settings.steps):
         stepper.step(number)
-        if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
+        if saves(number, settings):
             writer.save(number + 1, stepper)
     writer.close()
     return start
 
 
-def fingerprint(config: MoEConfig, data_digest: str) -> str:
-    """What a checkpoint must share with a job to be resumed: all but the mesh and the cluster."""
+def lasting_settings(config: MoEConfig, data_digest: str) -> dict[str, Any]:
+    """What may not change between two runs of one training: all but the mesh and the cluster."""
     step = config.step.model_dump(exclude=_FREE)
-    parts: dict[str, Any] = {
+    if config.step.exchange == "top_k":  # it sends what is left before a checkpoint
+        step["checkpoint_every"] = config.step.checkpoint_every
+    else:
+        del step["top_k_fraction"]
+    return {
         "seed": config.seed, "backbone": config.backbone.model_dump(), "step": step,
-        "seq_len": config.corpus.seq_len, "data": data_digest, "init_from": config.init_from,
+        "corpus.seq_len": config.corpus.seq_len, "corpus.sha256": data_digest, "init_from": config.init_from,
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def check_vocabulary(shape: BackboneConfig, needed: int) -> None:
-    """Refuse a model that has no vector for some token of the data.
+def fingerprint(config: MoEConfig, data_digest: str) -> str:
+    """What a checkpoint must share with a job to be resumed."""
+    return hashlib.sha256(json.dumps(lasting_settings(config, data_digest), sort_keys=True).encode()).hexdigest()
+
+
+def check_reads_text(shape: BackboneConfig, needed: int) -> None:
+    """Refuse a model that does not read tokens and predict the next one, or has no vector for some token.
 
     Raises:
-        ConfigError: the vocabulary is too small.
+        ConfigError: the adapter, the head or the vocabulary does not fit.
     """
+    for name, wanted in (("adapter", "tokens"), ("head", "language")):
+        if getattr(shape, name) != wanted:
+            raise ConfigError(
+                f"backbone.{name} = {getattr(shape, name)!r}; the corpus is text.", fix=f"set it to {wanted!r}"
+            )
     if shape.vocab_size < needed:
         raise ConfigError(
             f"backbone.vocab_size = {shape.vocab_size}, the corpus has {needed} tokens.",

@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError
-from deepseek_ray.train.pretrain_trainer import pretrain_on_ray
+from deepseek_ray.train.pretrain_trainer import PretrainResult, pretrain_on_ray
 from deepseek_ray.train.pretrain_worker import FAULT, PROGRESS, WORKERS, Fault
 
 
@@ -82,8 +82,14 @@ def verify_recovery(config: MoEConfig, folder: Path, *, kill_at: int, signal: in
     after = _first_after(folder / "disturbed" / PROGRESS, moment)
     return Recovery(
         rank, kill_at - 1, after["step"], after["time"] - moment, config.step.checkpoint_every,
-        disturbed.last_loss, abs(disturbed.last_loss - calm.last_loss),
+        end := _last_loss(disturbed), abs(end - _last_loss(calm)),
     )  # fmt: skip
+
+
+def _last_loss(result: PretrainResult) -> float:
+    if result.last_loss is None:
+        raise EnvironmentProblemError(f"{str(result.folder)!r} lost its {PROGRESS}.", fix="verify again")
+    return result.last_loss
 
 
 def _workers(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from deepseek_ray.presets_moe import MOE_PRESETS, load_moe_preset
 from deepseek_ray.registry import Registry, Run, git_commit
 from deepseek_ray.report.curves import loss_curve
 from deepseek_ray.train.export import export_newest
-from deepseek_ray.train.pretrain_trainer import PretrainResult, pretrain_on_ray, read_progress
+from deepseek_ray.train.pretrain_trainer import PretrainResult, check_pretraining, pretrain_on_ray, read_progress
 from deepseek_ray.train.pretrain_worker import PROGRESS
 
 METRICS = ("loss", "grad_norm", "lr", "min_expert_load", "tokens_per_s", "world_size")
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, export, and say where everything is."""
     options = _parser().parse_args(argv)
     config = load_moe_preset(options.config, file=options.file, overrides=options.overrides)
+    check_pretraining(config)
     paths = resolve_run(options.run)
     paths.create()
     tracking = Registry.open(paths, config.stores, name="moe").tracking
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = pretrain_on_ray(config, paths.checkpoints / "moe", on_lines=lambda lines: _log_lines(run, lines))
         model = export_newest(config, result, paths.root / "model")
         _finish(run, config, result, paths)
-    print(f"loss {result.first_loss:.3f} -> {result.last_loss:.3f} in {config.step.steps} steps, {result.wall_s:.0f} s")
+    first, last = ("?" if loss is None else f"{loss:.3f}" for loss in (result.first_loss, result.last_loss))
+    print(f"loss {first} -> {last} in {config.step.steps} steps, {result.wall_s:.0f} s")
     print(f"model {model}\nNext: deepseek-ray verify mesh --config {options.config} --mesh dp_shard=2,ep=2")
     return 0
 

@@ -79,6 +79,11 @@ def test_every_kind_of_model_on_tensor_and_data_axes(settings: dict[str, object]
     assert result.passed, result.plain()
 
 
+def test_an_exchange_that_sends_everything_is_an_all_reduce() -> None:
+    result = compare("dp_replicate=2,tp=2", step__exchange="top_k", step__top_k_fraction=1.0)
+    assert result.passed, result.plain()
+
+
 def test_a_mesh_that_is_a_little_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = callbacks.learning_rate
 
@@ -94,6 +99,8 @@ def test_a_mesh_that_is_a_little_wrong_fails(monkeypatch: pytest.MonkeyPatch) ->
     [
         (["parallel.dp_shard=4", "parallel.ep=3"], r"parallel.dp_shard % \(parallel.ep\) = 4 % 3 = 1"),
         (["parallel.dp_shard=16", "parallel.ep=16"], r"num_experts % \(parallel.ep\) = 8 % 16 = 8"),
+        (["parallel.tp=2", "backbone.adapter=events", "backbone.vocab_size=321"], r"vocab_size % .* = 321 % 2 = 1"),
+        (["parallel.tp=2", "backbone.adapter=events", "corpus.seq_len=15"], r"seq_len % .* = 15 % 2 = 1"),
         (["parallel.tp=3"], r"num_heads % \(parallel.tp\) = 8 % 3 = 2"),
         (["parallel.dp_shard=3"], r"step.batch_size % \(.*micro_batch_size\) = 8 % 6 = 2"),
         (["parallel.pp=8"], "num_layers = 4 < 8 pipeline stages"),

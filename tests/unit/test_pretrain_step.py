@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from deepseek_ray.config_moe import StepConfig
 from deepseek_ray.data.samples import RandomSamples
+from deepseek_ray.errors import DivergedError
 from deepseek_ray.presets_moe import load_moe_preset
 from deepseek_ray.train.pretrain_step import Stepper
 from deepseek_ray.train.pretraining import make_stepper
@@ -99,3 +102,23 @@ def test_zero_gradients_shrink_only_what_decays() -> None:
     for name, weight in stepper.model.named_parameters():
         factor = 1.0 if "norm" in name or "router" in name else 1.0 - 0.5 * report.lr
         torch.testing.assert_close(weight.detach(), before[name] * factor, rtol=1e-14, atol=0)
+
+
+def test_training_that_diverges_is_an_error_and_moves_no_weight() -> None:
+    stepper = stepper_of("step.max_grad_norm=0", "step.precision=float32")
+    before = {name: weight.detach().clone() for name, weight in stepper.model.named_parameters()}
+    loss = stepper.backward(0)
+    next(weight for _, weight in stepper.model.named_parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+    with pytest.raises(DivergedError, match=r"diverged at step 0.*gradient norm (inf|nan)"):
+        stepper.update(0, loss)
+    assert all(torch.equal(weight, before[name]) for name, weight in stepper.model.named_parameters())
+
+
+def test_an_overflow_that_no_scale_helps_is_an_error() -> None:
+    stepper = stepper_of("step.precision=float16")
+    assert stepper.scale is not None
+    stepper.scale.value = stepper.model.loss_scale = 2.0
+    loss = stepper.backward(0)
+    next(weight for _, weight in stepper.model.named_parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+    with pytest.raises(DivergedError):
+        stepper.update(0, loss)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from deepseek_ray import cli, verify
 from deepseek_ray.config_moe import MoEConfig
 from deepseek_ray.errors import ConfigError
+from deepseek_ray.parallel.mesh import check_mesh
+from deepseek_ray.presets_moe import load_moe_preset
 from deepseek_ray.train.parity import Parity
 from deepseek_ray.train.recovery import Recovery
 
@@ -98,3 +102,43 @@ def test_the_plan_is_a_table_the_fastest_first(capsys: pytest.CaptureFixture[str
 def test_a_plan_that_cannot_be_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--gpus", "8", "--memory", "1"]) != 0
     assert "No mesh of 8 GPUs fits 1 GiB" in capsys.readouterr().err
+
+
+def test_the_plans_next_command_is_the_planned_mesh(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--set", "corpus.seq_len=2048"]
+    assert cli.main(["plan", "--config", "qwen3_30b_a3b", "--gpus", "16", "--memory", "141", *chosen]) == 0
+    command = capsys.readouterr().out.partition("Next: ")[2].split()
+    overrides = [value for flag, value in itertools.pairwise(command) if flag == "--set"]
+    config = load_moe_preset(command[command.index("--config") + 1], overrides=overrides)
+    check_mesh(config)
+    assert config.parallel.world == 16
+    assert config.corpus.seq_len == 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["verify", "mesh", "--mesh", "tp=2", "--steps", "0"], "--steps 0"),
+        (["verify", "mesh", "--mesh", "tp=2", "--json", "/no/such/x.json"], "--json: there is no folder '/no/such'"),
+        (["verify", "checkpoint", "--from", "tp=2", "--to", "pp=2", "--shared", "/no"], "--shared"),
+        (["verify", "mesh", "--mesh", "tp=2", "--set", "step.precision=bfloat16"], "give --dtype"),
+        (["verify", "mesh", "--mesh", "tp=2", "--set", "corpus.pattern=/etc/*"], "corpus.pattern"),
+        (["plan", "--gpus", "8", "--memory", "-1"], "--memory -1"),
+        (["plan", "--gpus", "8", "--gpus-per-node", "0"], "--gpus-per-node 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["loss_rel_diff", "grad_cosine_diff", "max_param_diff"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_no_number_is_no_parity(where: str, dtype: str) -> None:
+    good = {"loss_rel_diff": [0.0, 0.0], "grad_cosine_diff": [0.0, 0.0], "max_param_diff": 0.0}
+    assert Parity(2, 2, dtype, **good).passed
+    bad = math.nan if where == "max_param_diff" else [0.0, math.nan]
+    assert not Parity(2, 2, dtype, **(good | {where: bad})).passed
+    assert not Parity(2, 2, dtype, **good, max_count_diff=1).passed
