@@ -226,6 +226,8 @@ if triton is not None:
 
 def aot_variants() -> list[Variant]:
     """A narrow row, common model widths and the widest row, both forms of the activation."""
+    if triton is None:
+        return []
     return [
         _variant(width, tanh, backward)
         for width in (256, 2048, MAX_WIDTH)

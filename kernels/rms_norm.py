@@ -9,6 +9,7 @@ weight's gradient per program and then over programs, in a fixed order: no atomi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
-from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, check_floats, forward_tile, programs
-from deepseek_ray.kernels.tuning import Settings, settings_for
+from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, candidates, check_floats, forward_tile, programs
+from deepseek_ray.kernels.tuning import Settings, settings_for, tune
 
 try:
     import triton
@@ -85,11 +86,16 @@ def _forward_op(
     x_MN: Tensor, weight_N: Tensor, eps: float, residual_MN: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, x + residual (nothing without one) and one reciprocal root mean square a row."""
+    return _run_forward(x_MN, weight_N, eps, residual_MN, _forward_settings(x_MN.dtype, x_MN.shape[1]))
+
+
+def _run_forward(
+    x_MN: Tensor, weight_N: Tensor, eps: float, residual_MN: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, width = x_MN.shape
     y_MN = torch.empty_like(x_MN)
     h_MN = torch.empty(0, dtype=x_MN.dtype, device=x_MN.device) if residual_MN is None else torch.empty_like(x_MN)
     rstd_M = torch.empty(num_rows, dtype=torch.float32, device=x_MN.device)
-    settings = _forward_settings(x_MN.dtype, width)
     _forward[(triton.cdiv(num_rows, settings["BLOCK_M"]),)](
         x_MN, residual_MN, weight_N, y_MN, h_MN, rstd_M, num_rows, width, eps,
         HAS_RESIDUAL=residual_MN is not None, **settings,
@@ -108,8 +114,13 @@ def _backward_op(
     h_MN: Tensor, weight_N: Tensor, rstd_M: Tensor, dy_MN: Tensor, dh_MN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of what was normalised and of the weight."""
+    return _run_backward(h_MN, weight_N, rstd_M, dy_MN, dh_MN, _backward_settings(h_MN.dtype, h_MN.shape[1]))
+
+
+def _run_backward(
+    h_MN: Tensor, weight_N: Tensor, rstd_M: Tensor, dy_MN: Tensor, dh_MN: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
     num_rows, width = h_MN.shape
-    settings = _backward_settings(h_MN.dtype, width)
     num_programs = programs(num_rows, settings)
     dx_MN = torch.empty_like(h_MN)
     dw_PN = torch.empty(num_programs, width, dtype=torch.float32, device=h_MN.device)
@@ -150,6 +161,21 @@ def _forward_settings(dtype: torch.dtype, width: int) -> Settings:
 
 def _backward_settings(dtype: torch.dtype, width: int) -> Settings:
     return settings_for("rms_norm_backward", (dtype, width), backward_tile(width))
+
+
+def tune_rms_norm(x_MN: Tensor, weight_N: Tensor) -> tuple[Settings, Settings]:
+    """Measure tiles of both passes, with a residual, on this GPU; keep the fastest for rows of this width and type."""
+    width, rstd_M = x_MN.shape[1], torch.ones(len(x_MN), device=x_MN.device)
+
+    def seconds(launch: Callable[[], object]) -> float:
+        return float(triton.testing.do_bench(launch, return_mode="median")) / 1e3
+
+    return (
+        tune("rms_norm", (x_MN.dtype, width), candidates(width),
+             lambda s: seconds(lambda: _run_forward(x_MN, weight_N, EPS, x_MN, s))),
+        tune("rms_norm_backward", (x_MN.dtype, width), candidates(width),
+             lambda s: seconds(lambda: _run_backward(x_MN, weight_N, rstd_M, x_MN, x_MN, s))),
+    )  # fmt: skip
 
 
 if triton is not None:
@@ -206,6 +232,8 @@ if triton is not None:
 
 def aot_variants() -> list[Variant]:
     """Norms of Qwen3's heads, Qwen3-30B-A3B, Mixtral and DeepSeek-V3, and the widest row."""
+    if triton is None:
+        return []
     return [
         variant
         for width in (128, 2048, 4096, 7168, MAX_WIDTH)

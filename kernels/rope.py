@@ -197,6 +197,8 @@ if triton is not None:
 
 def aot_variants() -> list[Variant]:
     """Heads of Qwen3-30B-A3B, of Mixtral and of DeepSeek-V3's rotary part."""
+    if triton is None:
+        return []
     return [
         _variant(heads, width, back, has_position)
         for heads, width in ((32, 128), (128, 64))

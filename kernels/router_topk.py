@@ -220,8 +220,8 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _order(x):  # type: ignore[no-untyped-def, unused-ignore]
-        # Integers in the order of the floats, with -0 equal to 0 and what is no number above all; never NEVER.
-        bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+        # Integers in the order of the floats, NaN above all; never NEVER. A score plus a bias is never -0.
+        bits = x.to(tl.int32, bitcast=True)
         return tl.where(x == x, tl.where(bits < 0, bits ^ NAN, bits), NAN)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -324,6 +324,8 @@ if triton is not None:
 
 def aot_variants() -> list[Variant]:
     """Routers of Qwen3-30B-A3B, of Mixtral and of DeepSeek-V3."""
+    if triton is None:
+        return []
     models = (128, 8, False, 1, 1), (8, 2, False, 1, 1), (256, 8, True, 8, 4)
     return [variant for model in models for variant in (_forward_variant(*model), _backward_variant(*model[:3]))]
 

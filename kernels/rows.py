@@ -65,6 +65,12 @@ def backward_tile(width: int) -> Settings:
     return _tile(width, 1024, per_thread=16)
 
 
+def candidates(width: int) -> list[Settings]:
+    """What is worth measuring for either pass."""
+    tiles = [_tile(width, least, per_thread) for least in (1024, 2048, 4096) for per_thread in (8, 16, 32)]
+    return [one for place, one in enumerate(tiles) if one not in tiles[:place]]
+
+
 def _tile(width: int, least: int, per_thread: int) -> Settings:
     block_n = bucket(width)
     block_m = max(1, least // block_n)

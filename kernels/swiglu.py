@@ -139,6 +139,8 @@ if triton is not None:
 
 def aot_variants() -> list[Variant]:
     """Experts of Qwen3-30B-A3B, of DeepSeek-V3 and of Mixtral."""
+    if triton is None:
+        return []
     return [variant for half in (768, 2048, 14336) for variant in (_variant(half, False), _variant(half, True))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_ray.kernels import rms_norm as module
+from deepseek_ray.kernels import tuning
 from deepseek_ray.kernels.rms_norm import EPS, rms_norm, rms_norm_ref
-from deepseek_ray.kernels.rows import MAX_WIDTH
+from deepseek_ray.kernels.rows import MAX_WIDTH, backward_tile, candidates
 from tests.kernels.checks import DEVICE, needs_kernels
 from tests.kernels.rowwise import assert_compiles, assert_equals_reference, randn, with_kernels  # noqa: F401
 
@@ -113,6 +115,21 @@ def test_rows_of_several_programs_add_up_in_one_order(monkeypatch: pytest.Monkey
     assert_equals_reference(monkeypatch, rms_norm, rms_norm_ref, (x, w))
     first, second = (torch.autograd.grad(rms_norm(x, w).square().sum(), (x, w)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("with_kernels")
+def test_tuned_tiles_give_the_same_norm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "table.json"))
+    tuning._table.cache_clear()
+    left = iter(range(99, 0, -1))  # the last one measured is the fastest
+    monkeypatch.setattr(module.triton.testing, "do_bench", lambda launch, **_: launch() and next(left))
+    x, w = randn(20, 300), randn(300)
+    chosen = module.tune_rms_norm(x.detach(), w.detach())
+    assert chosen == (candidates(300)[-1], candidates(300)[-1])
+    assert module._backward_settings(x.dtype, 300) == chosen[1] != backward_tile(300)
+    assert_equals_reference(monkeypatch, rms_norm, rms_norm_ref, (x, w))
+    tuning._table.cache_clear()
 
 
 @needs_kernels

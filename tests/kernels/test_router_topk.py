@@ -149,12 +149,19 @@ def test_any_shape_with_many_ties(
 def test_ties_go_to_the_lowest_number(how: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     same = torch.zeros(3, 8, device=DEVICE, requires_grad=True)
     assert router_topk(same, None, 3, **how).index_TK.tolist() == [[0, 1, 2]] * 3
-    # A bias that takes the score away gives 0 and -0, and saturated scores are equal: both are ties.
-    zeros = torch.tensor([0.0, -0.0] * 4, device=DEVICE) - 0.5
-    assert_routes(monkeypatch, same, zeros, 3, **how)
-    assert_routes(monkeypatch, torch.full_like(same, 90.0).requires_grad_(), None, 3, **how)
-    disabled = torch.tensor([0.0] + [float("-inf")] * 7, device=DEVICE)
-    assert_routes(monkeypatch, same, disabled, 3, **how)
+    assert_routes(monkeypatch, torch.full_like(same, 90.0).requires_grad_(), None, 3, **how)  # saturated
+    falling = torch.linspace(0.5, -0.5, 8, device=DEVICE).round(decimals=0)  # below zero too
+    assert_routes(monkeypatch, same, falling - 0.5, 3, **how)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("with_kernels")
+def test_experts_out_of_reach_tie_with_those_of_other_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two groups of three hold two experts each that are not disabled; the fifth choice is the lowest number of all.
+    bias = torch.tensor([0.0 if e in (6, 7, 9, 10) else float("-inf") for e in range(12)], device=DEVICE)
+    logit = torch.zeros(2, 12, device=DEVICE, requires_grad=True)
+    assert router_topk(logit, bias, 5, num_groups=4, top_groups=2).index_TK.tolist() == [[6, 7, 9, 10, 0]] * 2
+    assert_routes(monkeypatch, logit, bias, 5, num_groups=4, top_groups=2)
 
 
 @needs_kernels
