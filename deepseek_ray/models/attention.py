@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_ray.kernels.rope import rope
+from deepseek_ray.kernels.sliding_window_attention import sliding_window_attention
 from deepseek_ray.models.layers import Linear, RMSNorm
 
 
@@ -96,11 +97,14 @@ class Attention(nn.Module):
             query_BHSP, key_BHSP = self.query_norm(query_BHSP), self.key_norm(key_BHSP)
         wave_SK2 = rotary_waves(x_BSD.shape[1], self.d_head, self.rope_theta, x_BSD)
         query_BHSP, key_BHSP = rope(query_BHSP, key_BHSP, wave_SK2)
-        whole = self.window is None
-        mixed_BHSP = F.scaled_dot_product_attention(
-            query_BHSP, key_BHSP, value_BHSP,
-            attn_mask=None if whole else self._visible(x_BSD), is_causal=self.causal and whole, enable_gqa=True,
-        )  # fmt: skip
+        if self.window is not None and self.causal:
+            mixed_BHSP = sliding_window_attention(query_BHSP, key_BHSP, value_BHSP, self.window)
+        else:
+            whole = self.window is None
+            mixed_BHSP = F.scaled_dot_product_attention(
+                query_BHSP, key_BHSP, value_BHSP,
+                attn_mask=None if whole else self._visible(x_BSD), is_causal=whole and self.causal, enable_gqa=True,
+            )  # fmt: skip
         y_BSD: Tensor = self.output(mixed_BHSP.transpose(1, 2).flatten(2))
         return y_BSD
 
@@ -109,11 +113,10 @@ class Attention(nn.Module):
         return x_BSD.view(*x_BSD.shape[:2], -1, self.d_head).transpose(1, 2)
 
     def _visible(self, x_BSD: Tensor) -> Tensor:
-        """(S, S) True where the row's position sees the column's."""
+        """(S, S) True where the positions are less than a window apart."""
         assert self.window is not None
         position_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-        behind_SS = position_S[:, None] - position_S[None, :]
-        return (behind_SS < self.window) & (behind_SS >= (0 if self.causal else 1 - self.window))
+        return (position_S[:, None] - position_S[None, :]).abs() < self.window
 
 
 def rotary_waves(length: int, d_head: int, theta: float, like: Tensor) -> Tensor:

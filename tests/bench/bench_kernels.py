@@ -64,6 +64,8 @@ def main() -> int:
     print(HEADER)
     rows: list[dict[str, Any]] = []
     for case in kernel_cases.all_cases(device, small=options.small, words=options.ops):
+        if options.tune and case.tune is not None:
+            case.tune(case.inputs())
         for row in measure(case, machine, repeats=options.repeats):
             rows.append(row)
             print_row(row)
@@ -77,7 +79,7 @@ def main() -> int:
 def measure(case: Case, machine: Machine, repeats: int) -> Iterable[dict[str, Any]]:
     """Time every provider of a case, forward and backward, one after the other."""
     inputs = case.inputs()
-    leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    leaves = [one for one in inputs.values() if isinstance(one, Tensor) and one.requires_grad]
     for provider, op in case.providers.items():
         forward = partial(op, **inputs)
         try:

@@ -11,21 +11,35 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek_ray.kernels.fused_moe import fused_moe, fused_moe_ref
+from deepseek_ray.kernels.fused_moe import fused_moe, fused_moe_ref, tune_fused_moe
 from deepseek_ray.kernels.gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
-from deepseek_ray.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from deepseek_ray.kernels.rms_norm import rms_norm, rms_norm_ref
+from deepseek_ray.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    tune_linear_cross_entropy,
+)
+from deepseek_ray.kernels.quantised_grouped_gemm import (
+    dequantise,
+    quantise_int4,
+    quantise_int8,
+    quantised_grouped_gemm,
+    quantised_grouped_gemm_ref,
+    tune_quantised_grouped_gemm,
+)
+from deepseek_ray.kernels.rms_norm import rms_norm, rms_norm_ref, tune_rms_norm
 from deepseek_ray.kernels.rope import rope, rope_ref
 from deepseek_ray.kernels.router_topk import router_topk, router_topk_ref
+from deepseek_ray.kernels.sliding_window_attention import sliding_window_attention, sliding_window_attention_ref
 from deepseek_ray.kernels.swiglu import swiglu, swiglu_ref
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 Provider = Callable[..., Any]
 
 
@@ -43,6 +57,7 @@ class Case:
         backward_flops: of the backward pass.
         bytes: that the forward pass reads and writes at least.
         backward_bytes: likewise.
+        tune: measures launch settings on the inputs.
     """
 
     op: str
@@ -54,11 +69,12 @@ class Case:
     backward_flops: float = 0.0
     bytes: float = 0.0
     backward_bytes: float = 0.0
+    tune: Callable[[Inputs], object] | None = None
 
 
 def all_cases(device: torch.device, *, small: bool, words: Sequence[str] = ()) -> Iterator[Case]:
     """The cases whose op holds one of the words, all without words; inputs are made when asked for."""
-    for make in (moe_cases, row_cases, loss_cases):
+    for make in (moe_cases, row_cases, loss_cases, attention_cases, serving_cases):
         for case in make(device, small):
             if not words or any(word in case.op for word in words):
                 yield case
@@ -114,6 +130,7 @@ def _moe_case(
     return Case(
         "fused_moe", f"T{tokens} D{width} I{hidden} E{experts} K{top_k} {routing}", inputs, fused_moe_ref, providers,
         flops, 2 * flops, weights + rows, 3 * weights + 3 * rows,
+        tune=lambda _: tune_fused_moe(tokens, width, hidden, experts, top_k),
     )  # fmt: skip
 
 
@@ -170,7 +187,7 @@ def _norm_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
     }  # fmt: skip
     yield Case(
         "rms_norm", f"M{rows} N{width}", _inputs(device, x=(rows, width), weight_N=(width,)), rms_norm_ref, norm,
-        bytes=2 * size, backward_bytes=3 * size,
+        bytes=2 * size, backward_bytes=3 * size, tune=lambda made: tune_rms_norm(made["x"], made["weight_N"]),
     )  # fmt: skip
 
     def added(x: Tensor, weight_N: Tensor, residual: Tensor) -> Any:
@@ -282,7 +299,71 @@ def _loss_case(device: torch.device, tokens: int, width: int, vocabulary: int) -
     }  # fmt: skip
     return Case(
         "linear_cross_entropy", f"T{tokens} D{width} V{vocabulary}", inputs, linear_cross_entropy_ref, providers,
-        flops, 2 * flops, size, 2 * size,
+        flops, 2 * flops, size, 2 * size, tune=lambda made: tune_linear_cross_entropy(**made),
+    )  # fmt: skip
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_cases(device: torch.device, small: bool) -> Iterator[Case]:
+    """Sliding windows over long sequences."""
+    for length, window in [(64, 16)] if small else [(8192, 1024), (32768, 4096)]:
+        yield _attention_case(device, length, window, (4, 2, 16) if small else (32, 4, 128))
+
+
+def _attention_case(device: torch.device, length: int, window: int, heads: tuple[int, int, int]) -> Case:
+    num_heads, groups, width = heads
+
+    def masked(query_BHSP: Tensor, key_BGSP: Tensor, value_BGSP: Tensor) -> Tensor:
+        position_S = torch.arange(length, device=query_BHSP.device)
+        behind_SS = position_S[:, None] - position_S[None, :]
+        seen_SS = (behind_SS >= 0) & (behind_SS < window)
+        return F.scaled_dot_product_attention(query_BHSP, key_BGSP, value_BGSP, attn_mask=seen_SS, enable_gqa=True)
+
+    shapes = {"query_BHSP": (1, num_heads, length, width)}
+    shapes |= dict.fromkeys(("key_BGSP", "value_BGSP"), (1, groups, length, width))
+    flops = 4.0 * num_heads * width * length * (window - window * (window - 1) / (2 * length))
+    size = 2.0 * (num_heads + groups) * length * width * _size(device)
+    return Case(
+        "sliding_window_attention", f"S{length} W{window} H{num_heads} G{groups} P{width}", _inputs(device, **shapes),
+        partial(sliding_window_attention_ref, window=window),
+        {"ours": partial(sliding_window_attention, window=window), "torch masked": masked},
+        flops, 2.5 * flops, size, 2 * size,
+    )  # fmt: skip
+
+
+# -- serving ----------------------------------------------------------------------------------------------------------
+
+
+def serving_cases(device: torch.device, small: bool) -> Iterator[Case]:
+    """Grouped products with int8 and 4-bit weights, from single requests to batches."""
+    width, outputs, experts = (64, 48, 4) if small else (2048, 1536, 128)
+    for rows in (16,) if small else (8, 128, 512, 8192):
+        for label, quantise in (("int8", quantise_int8), ("int4", partial(quantise_int4, group=32 if small else 128))):
+            yield _serving_case(device, rows, width, outputs, experts, label, quantise)
+
+
+def _serving_case(
+    device: torch.device, rows: int, width: int, outputs: int, experts: int, label: str, quantise: Provider
+) -> Case:
+    def inputs() -> Inputs:
+        made = _maker(device)
+        weight_EDN = made(experts, width, outputs, std=width**-0.5).detach()
+        expert_R = torch.randint(experts, (rows,), generator=made.generator, device=device)
+        end_E = torch.bincount(expert_R, minlength=experts).cumsum(0)
+        offsets_E1 = F.pad(end_E, (1, 0)).to(torch.int32)
+        return {"x_RD": made(rows, width).detach(), "weight": quantise(weight_EDN), "offsets_E1": offsets_E1}
+
+    def dequantised(x_RD: Tensor, weight: Any, offsets_E1: Tensor) -> Tensor:
+        return F.grouped_mm(x_RD, dequantise(weight, x_RD.dtype), offs=offsets_E1[1:])
+
+    used = min(experts, rows)
+    size = used * width * outputs * (1.0 if label == "int8" else 0.5) + rows * (width + outputs) * _size(device)
+    return Case(
+        "quantised_grouped_gemm", f"R{rows} D{width} N{outputs} E{experts} {label}", inputs,
+        quantised_grouped_gemm_ref, {"ours": quantised_grouped_gemm, "torch dequantised": dequantised},
+        flops=2.0 * rows * width * outputs, bytes=size, tune=lambda made: tune_quantised_grouped_gemm(**made),
     )  # fmt: skip
 
 
