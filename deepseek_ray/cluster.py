@@ -9,10 +9,16 @@ from typing import Any
 
 import ray
 
+from deepseek_ray.errors import EnvironmentProblemError
+
 
 @contextmanager
 def local_cluster(num_cpus: int) -> Iterator[None]:
-    """The cluster of the job or the caller, where there is one; else an own one on this machine for the time being."""
+    """The cluster of the job or the caller, where there is one; else an own one on this machine for the time being.
+
+    Raises:
+        EnvironmentProblemError: Ray does not start, or the cluster does not answer.
+    """
     if ray.is_initialized():
         yield
         return
@@ -20,7 +26,14 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     if not inside_cluster():
         cores = max(num_cpus, os.cpu_count() or 1)
         own = {"include_dashboard": False, "num_cpus": cores, "_node_ip_address": "127.0.0.1"}
-    ray.init(address="local" if own else "auto", log_to_driver=False, logging_level="ERROR", **own)
+    try:
+        ray.init(address="local" if own else "auto", log_to_driver=False, logging_level="ERROR", **own)
+    except Exception as error:  # Ray raises this very class when a node is slow to start
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EnvironmentProblemError(
+            f"Ray does not start: {said}",
+            fix="end what keeps the processors busy, or set RAY_raylet_start_wait_time_s=180",
+        ) from error
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""cluster.yaml, by the functions that ``ray up`` itself runs before it touches a machine."""
+"""Clusters: cluster.yaml, by the functions that ``ray up`` itself runs before it touches a machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
+
+from deepseek_ray.cluster import local_cluster
+from deepseek_ray.errors import EnvironmentProblemError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +62,13 @@ def test_nodes_get_the_pinned_ray_and_our_own_start_commands(cluster: dict[str, 
 def test_mounted_files_of_the_repository_exist(cluster: dict[str, Any]) -> None:
     ours = [source for source in cluster["file_mounts"].values() if not source.startswith("~")]
     assert ours == [source for source in ours if (ROOT / source).is_file()] != []
+
+
+def test_a_ray_that_does_not_start_is_one_line_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr(ray, "init", slow)
+    refused = pytest.raises(EnvironmentProblemError, match=r"timed out during startup\. Fix: end what keeps")
+    with refused, local_cluster(1):
+        pass

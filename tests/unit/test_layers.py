@@ -37,7 +37,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "config": {"errors"},
     "config_moe": {"config"},
     "paths": {"errors"},
-    "cluster": set(),
+    "cluster": {"errors"},
     "presets": {"config", "errors"},
     "presets_moe": {"config", "config_moe", "errors"},
     "sqlite": set(),
