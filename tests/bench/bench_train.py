@@ -50,7 +50,8 @@ def main() -> int:
     options = _parser().parse_args()
     if options.torchrun_worker:
         return _torchrun_worker(Path(options.torchrun_worker))
-    rows = [_one_process(options), *_launchers(options), *_weak_scaling(options)]
+    parts = {"one-process": _one_process, "launchers": _launchers, "weak-scaling": _weak_scaling}
+    rows = [row for name in options.parts or parts for row in parts[name](options)]
     _print(rows)
     if options.out:
         append(rows, COLUMNS, options.out)
@@ -63,7 +64,7 @@ def _config(*overrides: str) -> MoEConfig:
     return load_moe_preset("small_moe", overrides=["parallel.dp_shard=1", *overrides])
 
 
-def _one_process(options: argparse.Namespace) -> dict[str, object]:
+def _one_process(options: argparse.Namespace) -> list[dict[str, object]]:
     """Our step against a plain loop."""
     torch.set_num_threads(os.cpu_count() or 1)
     config = _config()
@@ -74,7 +75,7 @@ def _one_process(options: argparse.Namespace) -> dict[str, object]:
     pairs = pairs[WARM_UP:]
     chunks = [pairs[at : at + options.steps] for at in range(0, len(pairs), options.steps)]
     ratios = [statistics.median(b for _, b in chunk) / statistics.median(a for a, _ in chunk) for chunk in chunks]
-    return _row("ours", "plain", ratios, statistics.median(b for _, b in pairs))
+    return [_row("ours", "plain", ratios, statistics.median(b for _, b in pairs))]
 
 
 def _plain_step(config: MoEConfig) -> Callable[[int], None]:
@@ -195,6 +196,7 @@ def _print(rows: list[dict[str, object]]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", nargs="*", choices=("one-process", "launchers", "weak-scaling"), help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of a round, after the warm-up")
     parser.add_argument("--out", type=Path, help="CSV to append to")
