@@ -12,6 +12,7 @@ import ray
 
 from deepseek_ray.cluster import local_cluster
 from deepseek_ray.config_moe import MoEConfig
+from deepseek_ray.errors import DivergedError
 from deepseek_ray.models.pretrained import from_pretrained
 from deepseek_ray.presets_moe import load_moe_preset
 from deepseek_ray.train.parity import verification_config, verify_mesh
@@ -27,7 +28,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-LATER_KILLS = (2, 4, 5, 9, 11, 13, 14, 16, 18)
+LATER_KILLS = (
+    (2, "dp_shard=2"), (4, "pp=2"), (5, "tp=2"), (9, "dp_shard=2,ep=2"), (11, "dp_replicate=2"),
+    (13, "pp=2,dp_shard=2"), (14, "tp=2"), (16, "pp=2"), (18, "dp_shard=2,ep=2"),
+)  # fmt: skip
+KILLS = [(7, "dp_shard=2"), *(pytest.param(*later, marks=pytest.mark.slow) for later in LATER_KILLS)]
+"""Step after which a worker dies, and the mesh; which worker, the seed draws."""
 
 
 @pytest.fixture
@@ -69,10 +75,34 @@ def test_a_mesh_of_ray_workers_computes_what_one_process_computes(tmp_path: Path
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("kill_at", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in LATER_KILLS)])
-def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(kill_at: int, tmp_path: Path) -> None:
-    config = make("parallel.dp_shard=2", "step.checkpoint_every=3", f"seed={kill_at}")
+@pytest.mark.parametrize(("kill_at", "mesh"), KILLS)
+def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
+    kill_at: int, mesh: str, tmp_path: Path
+) -> None:
+    degrees = [f"parallel.{degree}" for degree in mesh.split(",")]
+    config = make(*degrees, "step.checkpoint_every=3", f"seed={kill_at}")
     result = verify_recovery(config, tmp_path, kill_at=kill_at, signal=signal.SIGKILL)
     assert result.final_loss_diff == 0.0
     assert 0 <= result.steps_lost <= 3, result
     assert result.passed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_what_ends_a_worker_on_purpose_reaches_the_caller_in_one_piece(tmp_path: Path) -> None:
+    config = make("parallel.dp_shard=2", "step.lr=1e30", "step.max_grad_norm=0", "step.weight_decay=0")
+    with pytest.raises(DivergedError, match=r"diverged at step \d+.*lower step\.lr"):
+        pretrain_on_ray(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_checkpoint_that_a_worker_skips_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = make("parallel.dp_shard=2", "step.steps=6", "step.checkpoint_every=3")
+    whole = pretrain_on_ray(config, tmp_path)
+    newest = tmp_path / "step-000006"
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    again = pretrain_on_ray(config, tmp_path)
+    assert again.last_loss == whole.last_loss
+    assert "step-000006" in capfd.readouterr().err
