@@ -3,7 +3,8 @@
     python -m tests.bench.bench_train --out runs/bench/train.csv
 
 * ``plain``: a torch loop that knows nothing of meshes, on the same model. ``ours``: our step in one process.
-* ``torchrun`` and ``ray``: the same two-process mesh under either launcher; seconds a step after the first few.
+* ``torchrun-N`` and ``ray-N``: the same mesh of N processes under either launcher; seconds a step after the first few.
+  Ray's own processes take a tenth of a core: where the mesh has all cores, that shows.
 * ``weak-N``: N processes with N times the batch; 1.0 would be perfect scaling.
 
 Where there is a GPU, tests/bench/train_gpu.py follows: TFLOP/s, tokens/s and MFU of a Mixture of Experts on it.
@@ -113,9 +114,13 @@ def _our_step(config: MoEConfig) -> Callable[[int], None]:
 
 
 def _launchers(options: argparse.Namespace) -> list[dict[str, object]]:
-    """The same two-process mesh under torchrun and under Ray Train, in turns."""
-    steps = WARM_UP + options.steps
-    config = _config("parallel.dp_shard=2", f"step.steps={steps}", "step.checkpoint_every=1000000")
+    """The same mesh under torchrun and under Ray Train, in turns."""
+    return [_launcher(options, size) for size in options.processes]
+
+
+def _launcher(options: argparse.Namespace, size: int) -> dict[str, object]:
+    mesh = [f"parallel.dp_shard={size}", f"cluster.num_workers={size}"]
+    config = _config(*mesh, f"step.steps={WARM_UP + options.steps}", "step.checkpoint_every=1000000")
     pairs = []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +128,8 @@ def _launchers(options: argparse.Namespace) -> list[dict[str, object]]:
             _torchrun(config, torchrun)
             pretrain_on_ray(config, ray)
             pairs.append((_seconds_a_step(torchrun), _seconds_a_step(ray)))
-    return [_row("ray", "torchrun", [b / a for a, b in pairs], statistics.median(b for _, b in pairs))]
+    ratios = [b / a for a, b in pairs]
+    return _row(f"ray-{size}", f"torchrun-{size}", ratios, statistics.median(b for _, b in pairs))
 
 
 def _torchrun(config: MoEConfig, folder: Path) -> None:
@@ -197,6 +203,7 @@ def _print(rows: list[dict[str, object]]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="*", choices=("one-process", "launchers", "weak-scaling"), help="default: all")
+    parser.add_argument("--processes", nargs="*", type=int, default=[1, 2], help="of the launchers' meshes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of a round, after the warm-up")
     parser.add_argument("--out", type=Path, help="CSV to append to")
