@@ -57,8 +57,8 @@ def main() -> int:
     options = _parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.small:
-        print("there is no GPU: --small runs every provider once on tiny shapes", file=sys.stderr)
-        return 1
+        print("nothing measured: there is no GPU; --small runs every provider once on tiny shapes")
+        return 0
     machine = measure_machine(device, small=options.small)
     print(f"{name_of(device)}: matmul {machine.flops / 1e12:.1f} TFLOP/s, copy {machine.bytes / 1e9:.0f} GB/s; seed 0")
     print(HEADER)
