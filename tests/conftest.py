@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 FOLDERS = ("unit", "kernels", "distributed", "integration", "e2e", "gpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder. Of two workers one has all clusters: Ray takes the newest one for its own."""
     for item in items:
