@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint bench clean
+.PHONY: help install demo test test-clusters test-others test-full lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -27,8 +27,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the card-fraud loop from events to an updated live model
 	$(BIN)/python -m pipelines.risk.demo $(ARGS)
 
-test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not gpu' $(ARGS)
+test: $(STAMP) ## all tests but the slow ones; those with clusters beside the others
+	$(MAKE) --jobs=2 test-clusters test-others
+
+test-clusters: $(STAMP) # one after the other: Ray takes the newest cluster of a machine for its own
+	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/integration tests/e2e $(ARGS)
+
+test-others: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/unit tests/kernels tests/distributed $(ARGS)
 
 test-full: $(STAMP) ## all tests of this machine, a file at a time; again: what has not passed yet
 	$(BIN)/python -m tests.full $(ARGS)

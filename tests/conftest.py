@@ -23,14 +23,12 @@ HERE = Path(__file__).parent
 FOLDERS = ("unit", "kernels", "distributed", "integration", "e2e", "gpu")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder. Of two workers one has all clusters: Ray takes the newest one for its own."""
+    """Mark each test by its folder."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
-        item.add_marker(pytest.mark.xdist_group("clusters" if folder in ("integration", "e2e") else item.path.stem))
 
 
 @pytest.fixture(autouse=True)

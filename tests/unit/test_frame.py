@@ -70,7 +70,8 @@ def test_a_changed_pin_installs_again(clone: Path) -> None:
     ("target", "starts"),
     [
         ("demo", "python -m pipelines.risk.demo"),
-        ("test", "python -m pytest -m not slow and not gpu"),
+        ("test-clusters", "python -m pytest -m not slow and not gpu tests/integration tests/e2e"),
+        ("test-others", "python -m pytest -m not slow and not gpu tests/unit tests/kernels tests/distributed"),
         ("test-full", "python -m tests.full"),
         ("bench", "python -m tests.bench.bench_one"),
     ],
@@ -81,6 +82,12 @@ def test_a_target_builds_the_environment_first(clone: Path, target: str, starts:
     calls = make(clone, target)
     assert calls.index("python3 -m venv .venv") < len(calls) - 1
     assert calls[-1].strip() == starts
+
+
+def test_all_folders_are_tested(clone: Path) -> None:
+    started = [call.split("gpu ")[1].split() for call in make(clone, "test") if "pytest" in call]
+    folders = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
+    assert {Path(folder).name for folders in started for folder in folders} == folders - {"gpu"}
 
 
 def test_clean_keeps_the_runs(clone: Path) -> None:
