@@ -1,7 +1,7 @@
 """Launch settings of kernels, by shape class: measured on demand, kept in a file, the same on every rank.
 
-Nothing is ever tuned inside a step. ``python -m deepseek_ray.kernels.tune`` (or ``tune`` below) measures and writes the
-file; every other process reads it once. Without an entry an op uses its own default, so a run without the file
+Nothing is ever tuned inside a step. ``tune`` measures and writes the file, as the benchmark of the kernels does with
+``--tune``; every other process reads it once. Without an entry an op uses its own default, so a run without the file
 is slower and never different in kind. DEEPSEEK_RAY_KERNEL_TUNING = a path, or ``off`` for the defaults alone.
 """
 

@@ -66,7 +66,8 @@ class Router(nn.Module):
         teaches = bool(self.training and num_sequences and self.loss_weight)
         gate_TK, expert_TK, score_TE = self.choose(logit_TE, scores=teaches)
         if self.training and not is_recomputing():
-            self.count_E += torch.bincount(expert_TK.flatten(), minlength=self.num_experts)
+            chosen_S = expert_TK.flatten()  # bincount would make the host wait for a GPU
+            self.count_E.scatter_add_(0, chosen_S, torch.ones_like(chosen_S))
         if score_TE is not None:
             loss = self.losses(logit_TE, score_TE, expert_TK, num_sequences)
             gate_TK = _AddLoss.apply(gate_TK, loss * self.loss_weight)  # type: ignore[no-untyped-call]

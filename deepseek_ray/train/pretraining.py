@@ -52,9 +52,12 @@ def make_stepper(
 
 def _agree_on_kernels() -> None:
     """Another kernel rounds in another way: replicas would drift apart."""
+    try:
+        mine = (dispatch.choice().backend, tuning.digest())
+    except ValueError as error:
+        raise EnvironmentProblemError(f"The kernels cannot run: {error}.", fix="see deepseek-ray doctor") from error
     if not dist.is_initialized():
         return
-    mine = (dispatch.choice().backend, tuning.digest())
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     others = {f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one != everyone[0]}
