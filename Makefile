@@ -4,6 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+CLUSTERLESS := $(patsubst %,tests/%.py,integration/test_redis integration/test_registry \
+	integration/test_tracking_servers e2e/test_wheel)
 
 # Without .pyc files every Ray worker would compile torch and ray again at start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,10 +33,10 @@ test: $(STAMP) ## all tests but the slow ones; those with clusters beside the ot
 	$(MAKE) --jobs=2 test-clusters test-others
 
 test-clusters: $(STAMP) # one after the other: Ray takes the newest cluster of a machine for its own
-	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/integration tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/integration tests/e2e $(CLUSTERLESS:%=--ignore=%) $(ARGS)
 
 test-others: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/unit tests/kernels tests/distributed $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/unit tests/kernels tests/distributed $(CLUSTERLESS) $(ARGS)
 
 test-full: $(STAMP) ## all tests of this machine, a file at a time; again: what has not passed yet
 	$(BIN)/python -m tests.full $(ARGS)
