@@ -8,7 +8,6 @@ last number are still in the log. Hence a row is in one place for a reader at an
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -25,7 +24,7 @@ import polars as pl
 
 from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, DROP_VECTORS, unpack
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.paths import RunPaths, sync
+from deepseek_ray.paths import RunPaths, exclusive, sync
 from deepseek_ray.sqlite import read_uri
 
 MANIFEST = "manifest.json"
@@ -106,7 +105,9 @@ def compact(paths: RunPaths, *, prune: bool = False) -> Manifest:
     if not paths.prediction_log.exists():
         return Manifest()
     paths.prediction_archive.mkdir(parents=True, exist_ok=True)
-    with _only_writer(paths.prediction_archive), _connect(paths.prediction_log) as db:
+    running = f"Another compaction of {str(paths.prediction_archive)!r} is running."
+    alone = exclusive(paths.prediction_archive, running, "wait for it to end")
+    with alone, _connect(paths.prediction_log) as db:
         manifest = read_manifest(paths.prediction_archive)
         for kind in _QUERIES:
             while part := _write_part(db, paths.prediction_archive, kind, manifest.last(kind)):
@@ -232,18 +233,6 @@ def _prune(db: sqlite3.Connection, last: int) -> None:
             if db.execute(DROP_VECTORS, (last, _PRUNE_ROWS)).rowcount == 0:
                 return
         time.sleep(_PRUNE_PAUSE_S)
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EnvironmentProblemError(
-                f"Another compaction of {str(folder)!r} is running.", fix="wait for it to end"
-            ) from error
-        yield
 
 
 @contextmanager

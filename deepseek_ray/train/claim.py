@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepseek_ray.errors import ConfigError, EnvironmentProblemError
-from deepseek_ray.paths import replace_text
+from deepseek_ray.errors import ConfigError
+from deepseek_ray.paths import exclusive, replace_text
 
-LOCK, SETTINGS = ".lock", "settings.json"
+SETTINGS = "settings.json"
 
 
 @contextmanager
@@ -28,13 +27,8 @@ def claimed(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         EnvironmentProblemError: another program trains in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EnvironmentProblemError(
-                f"Another program trains in {str(folder)!r}.", fix="wait for its end, or take another --run"
-            ) from error
+    taken = f"Another program trains in {str(folder)!r}."
+    with exclusive(folder, taken, "wait for its end, or take another --run"):
         _compare(folder, json.loads(json.dumps(settings)))
         yield
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def measure(options: argparse.Namespace, tokens: int, routing: str, *, compiled:
     config = _config(options, tokens, compiled=compiled)
     samples = RandomSamples(config.backbone, config.corpus.seq_len, config.seed)
     stepper = make_stepper(config, samples, device)
-    with mock.patch.object(Router, "choose", in_turn) if routing == "balanced" else mock.MagicMock():
+    with mock.patch.object(Router, "choose", in_turn) if routing == "balanced" else nullcontext():
         seconds = [_timed(lambda number=number: stepper.step(number), device) for number in range(3 + options.steps)][
             3:
         ]

@@ -12,7 +12,7 @@ from deepseek_ray import cli
 from deepseek_ray.data import prediction_archive as archive
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.paths import RunPaths, exclusive
 from tests.unit.test_prediction_log import label, row
 
 
@@ -115,7 +115,7 @@ def test_pruned_rows_are_still_known_by_their_transaction(paths: RunPaths, log: 
 def test_one_compaction_at_a_time(paths: RunPaths, log: PredictionLog) -> None:
     paths.prediction_archive.mkdir()
     with (
-        archive._only_writer(paths.prediction_archive),
+        exclusive(paths.prediction_archive, "", ""),
         pytest.raises(EnvironmentProblemError, match="Another compaction"),
     ):
         archive.compact(paths)
