@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_ray.data import prediction_archive as archive
 from deepseek_ray.data.prediction_log import PredictionLog
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.paths import RunPaths, exclusive
 from deepseek_ray.serving import compaction
 from deepseek_ray.serving.compaction import Compactor
 from tests.unit.test_prediction_log import label, row
@@ -86,7 +86,7 @@ def test_beside_another_compaction_it_is_one_line(
     monkeypatch.setattr(compaction.os, "nice", lambda by: by)
     PredictionLog(paths.prediction_log).close()
     paths.prediction_archive.mkdir()
-    with archive._only_writer(paths.prediction_archive):
+    with exclusive(paths.prediction_archive, "Another compaction runs.", "wait"):
         assert compaction.main([str(paths.root)]) == 2
     assert capsys.readouterr().err.startswith("error: Another compaction of")
     assert compaction.main([str(paths.root)]) == 0
