@@ -18,8 +18,8 @@ from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
-from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, check_floats, forward_tile, programs
-from deepseek_ray.kernels.tuning import Settings, settings_for
+from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, candidates, check_floats, forward_tile, programs
+from deepseek_ray.kernels.tuning import Settings, settings_for, tune_op
 
 try:
     import triton
@@ -151,6 +151,18 @@ def _forward_settings(dtype: torch.dtype, width: int) -> Settings:
 
 def _backward_settings(dtype: torch.dtype, width: int) -> Settings:
     return settings_for("gelu_layer_norm_backward", (dtype, width), backward_tile(width))
+
+
+def tune_gelu_layer_norm(x: Tensor, weight_N: Tensor, bias_N: Tensor) -> tuple[Settings, Settings]:
+    """Measure tiles of either pass on tensors that require gradients; keep the fastest for this width and type."""
+    made = x, weight_N, bias_N
+    shape, tiles = (x.dtype, x.shape[-1]), candidates(x.shape[-1])
+    y = gelu_layer_norm(*made)
+    dy = torch.ones_like(y)
+    return (
+        tune_op("gelu_layer_norm", shape, tiles, lambda: gelu_layer_norm(*made)),
+        tune_op("gelu_layer_norm_backward", shape, tiles, lambda: torch.autograd.grad(y, made, dy, retain_graph=True)),
+    )
 
 
 if triton is not None:

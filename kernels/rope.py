@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
 from deepseek_ray.kernels.rows import check_floats
-from deepseek_ray.kernels.tuning import Settings, bucket, settings_for
+from deepseek_ray.kernels.tuning import Settings, bucket, settings_for, tune_op
 
 try:
     import triton
@@ -137,6 +137,19 @@ def _settings(query_BHSP: Tensor) -> Settings:
     block_w, block_h = bucket(width // 2), min(bucket(heads), 32)
     default = {"BLOCK_S": max(1, _TILE // (block_w * block_h)), "BLOCK_H": block_h, "BLOCK_W": block_w, "num_warps": 4}
     return settings_for("rope", (query_BHSP.dtype, heads, width), default)
+
+
+def tune_rope(query_BHSP: Tensor, key_BGSP: Tensor, wave_LW2: Tensor) -> Settings:
+    """Measure tiles on these heads, whose gradient takes the same kernel; keep the fastest for so many of that width."""
+    heads, width = query_BHSP.shape[1], query_BHSP.shape[3]
+    block_w = bucket(width // 2)
+    tiles = [
+        {"BLOCK_S": max(1, size // (block_w * block_h)), "BLOCK_H": block_h, "BLOCK_W": block_w, "num_warps": warps}
+        for block_h in sorted({min(bucket(heads), most) for most in (8, 32)})
+        for size in (_TILE // 2, _TILE, 2 * _TILE)
+        for warps in (4, 8)
+    ]
+    return tune_op("rope", (query_BHSP.dtype, heads, width), tiles, lambda: rope(query_BHSP, key_BGSP, wave_LW2))
 
 
 if triton is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
 from deepseek_ray.kernels.rows import MAX_WIDTH, check_floats
-from deepseek_ray.kernels.tuning import Settings, bucket, settings_for
+from deepseek_ray.kernels.tuning import Settings, bucket, settings_for, tune_op
 
 try:
     import triton
@@ -204,6 +204,22 @@ def _settings(num_experts: int, num_groups: int) -> Settings:
     block_t, num_warps = max(1, _TILE // (block_g * block_e)), max(1, block_g * block_e // _TILE)
     default = {"BLOCK_T": block_t, "BLOCK_G": block_g, "BLOCK_E": block_e, "num_warps": num_warps}
     return settings_for("router_topk", (num_experts, num_groups), default)
+
+
+def tune_router_topk(logit_TE: Tensor, bias_E: Tensor | None, top_k: int) -> Settings:
+    """Measure tiles of both passes together on logits that require a gradient; keep the fastest for so many experts."""
+    num_experts = logit_TE.shape[1]
+    block_e = bucket(num_experts)
+    tiles = [
+        {"BLOCK_T": max(1, size // block_e), "BLOCK_G": 1, "BLOCK_E": block_e, "num_warps": warps}
+        for size in (_TILE // 2, _TILE, 2 * _TILE, 4 * _TILE)
+        for warps in (1, 2, 4)
+    ]
+
+    def launch() -> None:
+        torch.autograd.grad(router_topk(logit_TE, bias_E, top_k).weight_TK.sum(), logit_TE)
+
+    return tune_op("router_topk", (num_experts, 1), tiles, launch)
 
 
 if triton is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.dispatch import use_triton
 from deepseek_ray.kernels.rows import Rows, check_floats
-from deepseek_ray.kernels.tuning import Settings, bucket, settings_for
+from deepseek_ray.kernels.tuning import Settings, bucket, settings_for, tune_op
 
 try:
     import triton
@@ -103,6 +103,19 @@ _forward_op.register_autograd(_gradient, setup_context=_keep)
 def _settings(dtype: torch.dtype, half: int) -> Settings:
     block_i = min(bucket(half), _WIDEST)
     return settings_for("swiglu", (dtype, half), {"BLOCK_M": _TILE // block_i, "BLOCK_I": block_i, "num_warps": 4})
+
+
+def tune_swiglu(x: Tensor) -> Settings:
+    """Measure tiles of both passes together on rows that require a gradient; keep the fastest for their width."""
+    half = x.shape[-1] // 2
+    block_i = min(bucket(half), _WIDEST)
+    tiles = [
+        {"BLOCK_M": max(1, size // block_i), "BLOCK_I": block_i, "num_warps": warps}
+        for size in (_TILE // 2, _TILE, 2 * _TILE)
+        for warps in (4, 8)
+    ]
+    dy = torch.ones_like(swiglu(x))
+    return tune_op("swiglu", (x.dtype, half), tiles, lambda: torch.autograd.grad(swiglu(x), x, dy))
 
 
 def _grid(num_rows: int, half: int, settings: Settings) -> tuple[int, int]:

@@ -17,8 +17,14 @@ from pathlib import Path
 
 import torch
 
+try:
+    import triton
+except ImportError:  # not on every platform; nothing is tuned there
+    triton = None
+
 VARIABLE = "DEEPSEEK_RAY_KERNEL_TUNING"
 Settings = dict[str, int]
+_TRIED: dict[str, Settings] = {}  # by ``tune_op`` while it measures
 
 
 def settings_for(op: str, shape: tuple[object, ...], default: Settings) -> Settings:
@@ -29,7 +35,8 @@ def settings_for(op: str, shape: tuple[object, ...], default: Settings) -> Setti
         shape: its class, for example (dtype, H, I, bucket(T)).
         default: used where nothing was measured.
     """
-    return _table().get(_key(op, shape), default)
+    key = _key(op, shape)
+    return _TRIED.get(key) or _table().get(key, default)
 
 
 def bucket(size: int) -> int:
@@ -65,6 +72,31 @@ def tune(
     os.replace(draft, path)
     _table.cache_clear()
     return best
+
+
+def tune_op(
+    op: str, shape: tuple[object, ...], candidates: Sequence[Settings], launch: Callable[[], object]
+) -> Settings:
+    """``tune`` by running an op on this GPU that looks its settings up.
+
+    Args:
+        op: name of the kernel.
+        shape: its class.
+        candidates: settings; one that asks for more than the GPU has is left out.
+        launch: runs the op.
+    """
+    key = _key(op, shape)
+
+    def seconds(settings: Settings) -> float:
+        _TRIED[key] = settings
+        try:
+            return float(triton.testing.do_bench(launch, return_mode="median")) / 1e3
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        finally:
+            del _TRIED[key]
+
+    return tune(op, shape, candidates, seconds)
 
 
 def digest() -> str:

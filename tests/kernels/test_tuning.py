@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepseek_ray.data.samples import RandomSamples
 from deepseek_ray.errors import EnvironmentProblemError
-from deepseek_ray.kernels import tuning
+from deepseek_ray.kernels import dispatch, gelu_layer_norm, rope, router_topk, swiglu, tuning
 from deepseek_ray.parallel.launch import run_processes
 from deepseek_ray.presets_moe import load_moe_preset
 from deepseek_ray.train.pretraining import make_stepper
+from tests.kernels.checks import DEVICE, needs_kernels
 
 DEFAULT = {"BLOCK": 64}
 SHAPE = (torch.bfloat16, 2048, 768)
@@ -84,3 +87,62 @@ def test_processes_of_a_mesh_must_agree_on_their_settings() -> None:
     for message in run_processes(2, with_own_settings):
         assert "other kernels than rank 0" in message
         assert "rank 1" in message
+
+
+def of_the_router() -> Tensor:
+    logit_TE = torch.randn(9, 16, device=DEVICE, requires_grad=True)
+    router_topk.tune_router_topk(logit_TE, None, 2)
+    return router_topk.router_topk(logit_TE, None, 2).weight_TK
+
+
+def of_rope() -> Tensor:
+    query_BHSP, key_BGSP = torch.randn(1, 4, 5, 16, device=DEVICE), torch.randn(1, 2, 5, 16, device=DEVICE)
+    wave_LW2 = torch.rand(5, 8, 2, device=DEVICE)
+    rope.tune_rope(query_BHSP, key_BGSP, wave_LW2)
+    return rope.rope(query_BHSP, key_BGSP, wave_LW2)[0]
+
+
+def of_swiglu() -> Tensor:
+    x = torch.randn(5, 32, device=DEVICE, requires_grad=True)
+    swiglu.tune_swiglu(x)
+    return swiglu.swiglu(x)
+
+
+def of_gelu_layer_norm() -> Tensor:
+    made = [torch.randn(*size, device=DEVICE, requires_grad=True) for size in ((5, 16), (16,), (16,))]
+    gelu_layer_norm.tune_gelu_layer_norm(*made)
+    return gelu_layer_norm.gelu_layer_norm(*made)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        (of_the_router, ["router_topk"]),
+        (of_rope, ["rope"]),
+        (of_swiglu, ["swiglu"]),
+        (of_gelu_layer_norm, ["gelu_layer_norm", "gelu_layer_norm_backward"]),
+    ],
+    ids=["router_topk", "rope", "swiglu", "gelu_layer_norm"],
+)
+def test_an_op_runs_with_the_settings_that_were_fastest(
+    op: Callable[[], Tensor], names: list[str], table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    tried: list[dict[str, int]] = []
+
+    def do_bench(launch: Callable[[], object], **_: object) -> float:
+        tried.extend(tuning._TRIED.values())
+        launch()
+        return 1.0 / len(tried)  # the last is the fastest
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    dispatch.choice.cache_clear()
+    assert op().isfinite().all()
+    dispatch.choice.cache_clear()
+    kept = json.loads(table.read_text())
+    assert [key.partition("/")[0] for key in kept] == names
+    assert tried[-1] in kept.values()
+    assert not tuning._TRIED
