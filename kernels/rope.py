@@ -140,7 +140,7 @@ def _settings(query_BHSP: Tensor) -> Settings:
 
 
 def tune_rope(query_BHSP: Tensor, key_BGSP: Tensor, wave_LW2: Tensor) -> Settings:
-    """Measure tiles on these heads, whose gradient takes the same kernel; keep the fastest for so many of that width."""
+    """Measure tiles on these heads, whose gradient takes the same kernel; keep the fastest for such heads."""
     heads, width = query_BHSP.shape[1], query_BHSP.shape[3]
     block_w = bucket(width // 2)
     tiles = [

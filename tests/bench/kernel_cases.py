@@ -1,16 +1,16 @@
 """Cases of the kernel benchmark and of the checks on a GPU: inputs, providers, and what each costs at least.
 
 Operations count products only (a multiplication and an addition are two); bytes count each input and output once, in
-the type of the case. Shapes are those that the published figures were measured on, with uniform and Zipf routing.
+the type of the case. Shapes are those that the published figures were measured on; routing is uniform, by Zipf's law,
+to few experts, or to one.
 
 Legend: T tokens, D model width, I hidden width of an expert, E experts, K experts a token, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.fused_moe import fused_moe, fused_moe_ref, tune_fused_moe
-from deepseek_ray.kernels.gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
+from deepseek_ray.kernels.gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref, tune_gelu_layer_norm
 from deepseek_ray.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
@@ -34,13 +34,12 @@ from deepseek_ray.kernels.quantised_grouped_gemm import (
     tune_quantised_grouped_gemm,
 )
 from deepseek_ray.kernels.rms_norm import rms_norm, rms_norm_ref, tune_rms_norm
-from deepseek_ray.kernels.rope import rope, rope_ref
-from deepseek_ray.kernels.router_topk import router_topk, router_topk_ref
+from deepseek_ray.kernels.rope import rope, rope_ref, tune_rope
+from deepseek_ray.kernels.router_topk import router_topk, router_topk_ref, tune_router_topk
+from deepseek_ray.kernels.rows import MAX_WIDTH
 from deepseek_ray.kernels.sliding_window_attention import sliding_window_attention, sliding_window_attention_ref
-from deepseek_ray.kernels.swiglu import swiglu, swiglu_ref
-
-Inputs = dict[str, Any]
-Provider = Callable[..., Any]
+from deepseek_ray.kernels.swiglu import swiglu, swiglu_ref, tune_swiglu
+from tests.bench.kernel_peers import Inputs, Peer, Provider, as_it_is, installed
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,20 @@ class Case:
     Attributes:
         op: name of the kernel.
         shape: for people.
-        inputs: makes them; floating ones that train require a gradient.
+        inputs: makes them from a seed, 0 without one; floating ones that train require a gradient.
         reference: the op in any precision, on the same inputs.
-        providers: name -> the op; ``ours`` is the kernel.
+        providers: name -> the op; ``ours`` is the kernel, ``ours: torch`` what stands in where the kernel does not go.
         flops: of the forward pass.
         backward_flops: of the backward pass.
         bytes: that the forward pass reads and writes at least.
         backward_bytes: likewise.
         tune: measures launch settings on the inputs.
+        layouts: name of a provider -> the inputs as it keeps them.
     """
 
     op: str
     shape: str
-    inputs: Callable[[], Inputs]
+    inputs: Callable[..., Inputs]
     reference: Provider
     providers: Mapping[str, Provider]
     flops: float = 0.0
@@ -70,6 +70,16 @@ class Case:
     bytes: float = 0.0
     backward_bytes: float = 0.0
     tune: Callable[[Inputs], object] | None = None
+    layouts: Mapping[str, Callable[[Inputs], Inputs]] = field(default_factory=dict)
+
+    def beside(self, peers: Mapping[str, Peer]) -> Case:
+        """The same with the packages that are installed here."""
+        providers = {**self.providers, **{name: peer.op for name, peer in peers.items()}}
+        return replace(self, providers=providers, layouts={name: peer.layout for name, peer in peers.items()})
+
+    def laid_out(self, provider: str, inputs: Inputs) -> Inputs:
+        """The inputs as a provider keeps them."""
+        return self.layouts.get(provider, as_it_is)(inputs)
 
 
 def all_cases(device: torch.device, *, small: bool, words: Sequence[str] = ()) -> Iterator[Case]:
@@ -77,7 +87,23 @@ def all_cases(device: torch.device, *, small: bool, words: Sequence[str] = ()) -
     for make in (moe_cases, row_cases, loss_cases, attention_cases, serving_cases):
         for case in make(device, small):
             if not words or any(word in case.op for word in words):
-                yield case
+                yield case.beside(installed(case.op))
+
+
+def medium_cases(device: torch.device) -> list[Case]:
+    """Every op at a size of several tiles, with sizes that no tile divides: for checks."""
+    return [
+        moe_case(device, 4096, 2048, 768, 16, 4, "zipf"),
+        moe_case(device, 1000, 2880, 1440, 8, 2, "empty"),
+        *_norm_cases(device, 1000, 2880),
+        _swiglu_case(device, 1000, 2880),
+        _rope_case(device, 1000, 32, 4),
+        _router_case(device, 1000, 128, 8),
+        loss_case(device, 512, 512, 20_000),  # several chunks of the vocabulary
+        _attention_case(device, 1024, 256, (8, 2, 64)),
+        _serving_case(device, 512, 1024, 768, 16, "int8", quantise_int8),
+        _serving_case(device, 512, 1024, 768, 16, "int4", partial(quantise_int4, group=128)),
+    ]
 
 
 # -- the Mixture-of-Experts layer ------------------------------------------------------------------------------------
@@ -92,7 +118,7 @@ MOE_SHAPES = [
     *((32768, 4096, *rest) for rest in ((512, 256, 16), (1024, 128, 8), (2048, 64, 4))),
     *((8192, 2048, 768, experts, 8) for experts in (8, 16, 32, 64)),
 ]  # fmt: skip
-ROUTINGS = ("uniform", "zipf", "one expert")
+ROUTINGS = ("uniform", "zipf", "empty", "one expert")
 
 
 def moe_cases(device: torch.device, small: bool) -> Iterator[Case]:
@@ -109,8 +135,8 @@ def moe_case(
 ) -> Case:
     """fused_moe on one shape."""
 
-    def inputs() -> Inputs:
-        made = _maker(device)
+    def inputs(seed: int = 0) -> Inputs:
+        made = _maker(device, seed)
         expert_TK = routed(tokens, experts, top_k, routing, made.generator)
         gate_TK = torch.rand(tokens, top_k, generator=made.generator, device=device)
         return {
@@ -137,7 +163,7 @@ def moe_case(
 
 
 def routed(tokens: int, experts: int, top_k: int, routing: str, generator: torch.Generator) -> Tensor:
-    """Different experts for each token (T, K): all alike, by Zipf's law, or the same K for all tokens."""
+    """Different experts for each token (T, K): uniform, by Zipf's law, most experts without a token, or the same K."""
     device = generator.device
     if routing == "one expert":
         first = torch.arange(top_k, device=device)
@@ -145,6 +171,8 @@ def routed(tokens: int, experts: int, top_k: int, routing: str, generator: torch
     weight_E = torch.ones(experts, device=device)
     if routing == "zipf":
         weight_E = 1.0 / torch.arange(1, experts + 1, device=device)
+    if routing == "empty":
+        weight_E[max(top_k, experts // 8) :] = 1e-9
     noise_TE = torch.rand(tokens, experts, generator=generator, device=device)
     # the K largest of log(u) / w are a draw without replacement (Efraimidis and Spirakis 2006)
     return (noise_TE.log() / weight_E).topk(top_k, dim=-1).indices
@@ -181,16 +209,16 @@ def row_cases(device: torch.device, small: bool) -> Iterator[Case]:
 
 def _norm_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
     size = rows * width * _size(device)
+    ours = "ours" if width <= MAX_WIDTH else "ours: torch"
     norm = {
-        "ours": rms_norm,
+        ours: rms_norm,
         "torch": lambda x, weight_N: F.rms_norm(x, (width,), weight_N, 1e-6),
         "torch compiled": _compiled(rms_norm_ref),
-        **_peer("liger", "liger_kernel.ops.rms_norm", "LigerRMSNormFunction", lambda op: lambda x, weight_N: op.apply(
-            x, weight_N, 1e-6)),
-    }  # fmt: skip
+    }
     yield Case(
         "rms_norm", f"M{rows} N{width}", _inputs(device, x=(rows, width), weight_N=(width,)), rms_norm_ref, norm,
-        bytes=2 * size, backward_bytes=3 * size, tune=lambda made: tune_rms_norm(made["x"], made["weight_N"]),
+        bytes=2 * size, backward_bytes=3 * size,
+        tune=_where(width <= MAX_WIDTH, lambda made: tune_rms_norm(made["x"], made["weight_N"])),
     )  # fmt: skip
 
     def added(x: Tensor, weight_N: Tensor, residual: Tensor) -> Any:
@@ -202,7 +230,7 @@ def _norm_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
     yield Case(
         "rms_norm + residual", f"M{rows} N{width}",
         _inputs(device, x=(rows, width), weight_N=(width,), residual=(rows, width)), added_ref,
-        {"ours": added, "torch compiled": _compiled(added_ref)},
+        {ours: added, "torch compiled": _compiled(added_ref)},
         bytes=4 * size, backward_bytes=4 * size,
     )  # fmt: skip
 
@@ -212,8 +240,9 @@ def _norm_cases(device: torch.device, rows: int, width: int) -> Iterator[Case]:
     yield Case(
         "gelu_layer_norm", f"M{rows} N{width}",
         _inputs(device, x=(rows, width), weight_N=(width,), bias_N=(width,)), gelu_layer_norm_ref,
-        {"ours": gelu_layer_norm, "torch": two_ops, "torch compiled": _compiled(two_ops)},
+        {ours: gelu_layer_norm, "torch": two_ops, "torch compiled": _compiled(two_ops)},
         bytes=2 * size, backward_bytes=3 * size,
+        tune=_where(width <= MAX_WIDTH, lambda made: tune_gelu_layer_norm(**made)),
     )  # fmt: skip
 
 
@@ -227,15 +256,15 @@ def _swiglu_case(device: torch.device, rows: int, width: int) -> Case:
     providers = {"ours": swiglu, "torch": two_ops, "torch compiled": _compiled(two_ops)}
     return Case(
         "swiglu", f"M{rows} I{width}", _inputs(device, x=(rows, 2 * width)), swiglu_ref, providers,
-        bytes=3 * size, backward_bytes=5 * size,
+        bytes=3 * size, backward_bytes=5 * size, tune=lambda made: tune_swiglu(**made),
     )  # fmt: skip
 
 
 def _rope_case(device: torch.device, length: int, heads: int, groups: int) -> Case:
     width = 128
 
-    def inputs() -> Inputs:
-        made = _maker(device)
+    def inputs(seed: int = 0) -> Inputs:
+        made = _maker(device, seed)
         angle_SW = torch.rand(length, width // 2, generator=made.generator, device=device) * 6.28
         wave_SW2 = torch.stack([angle_SW.cos(), angle_SW.sin()], dim=-1)
         sizes = {"query_BHSP": (1, heads, length, width), "key_BGSP": (1, groups, length, width)}
@@ -244,15 +273,18 @@ def _rope_case(device: torch.device, length: int, heads: int, groups: int) -> Ca
     size = 2.0 * (heads + groups) * length * width * _size(device)
     providers = {"ours": rope, "torch": rope_ref, "torch compiled": _compiled(rope_ref)}
     return Case(
-        "rope", f"S{length} H{heads} G{groups} P{width}", inputs, rope_ref, providers, bytes=size, backward_bytes=size
-    )
+        "rope", f"S{length} H{heads} G{groups} P{width}", inputs, rope_ref, providers,
+        bytes=size, backward_bytes=size, tune=lambda made: tune_rope(**made),
+    )  # fmt: skip
 
 
 def _router_case(device: torch.device, tokens: int, experts: int, top_k: int) -> Case:
-    def inputs() -> Inputs:
-        made = _maker(device)
+    def inputs(seed: int = 0) -> Inputs:
+        made = _maker(device, seed)
         made.dtype = torch.float32  # logits are float32 whatever the model computes in
-        return {"logit_TE": made(tokens, experts), "bias_E": torch.zeros(experts, device=device)}
+        # multiples of 1/64: ties occur, and float32 and float64 rank the rest alike
+        logit_TE = (made(tokens, experts).detach() * 64).round().div(64).requires_grad_()
+        return {"logit_TE": logit_TE, "bias_E": torch.zeros(experts, device=device)}
 
     def chosen(op: Provider) -> Provider:
         return lambda logit_TE, bias_E: op(logit_TE, bias_E, top_k, score="sigmoid")
@@ -266,6 +298,7 @@ def _router_case(device: torch.device, tokens: int, experts: int, top_k: int) ->
     return Case(
         "router_topk", f"T{tokens} E{experts} K{top_k}", inputs, chosen(router_topk_ref), providers,
         bytes=size + 12.0 * tokens * top_k, backward_bytes=2 * size,
+        tune=lambda made: tune_router_topk(**made, top_k=top_k),
     )  # fmt: skip
 
 
@@ -281,8 +314,8 @@ def loss_cases(device: torch.device, small: bool) -> Iterator[Case]:
 def loss_case(device: torch.device, tokens: int, width: int, vocabulary: int) -> Case:
     """linear_cross_entropy on one shape."""
 
-    def inputs() -> Inputs:
-        made = _maker(device)
+    def inputs(seed: int = 0) -> Inputs:
+        made = _maker(device, seed)
         target_T = torch.randint(vocabulary, (tokens,), generator=made.generator, device=device)
         return {
             "x_TD": made(tokens, width),
@@ -299,9 +332,7 @@ def loss_case(device: torch.device, tokens: int, width: int, vocabulary: int) ->
         "ours": linear_cross_entropy,
         "torch": two_ops,
         "torch compiled": _compiled(two_ops),
-        **_peer("liger", "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction",
-                lambda op: lambda x_TD, weight_VD, target_T: op.apply(x_TD, weight_VD, target_T)[0]),
-    }  # fmt: skip
+    }
     return Case(
         "linear_cross_entropy", f"T{tokens} D{width} V{vocabulary}", inputs, linear_cross_entropy_ref, providers,
         flops, 2 * flops, size, 2 * size, tune=lambda made: tune_linear_cross_entropy(**made),
@@ -352,8 +383,8 @@ def serving_cases(device: torch.device, small: bool) -> Iterator[Case]:
 def _serving_case(
     device: torch.device, rows: int, width: int, outputs: int, experts: int, label: str, quantise: Provider
 ) -> Case:
-    def inputs() -> Inputs:
-        made = _maker(device)
+    def inputs(seed: int = 0) -> Inputs:
+        made = _maker(device, seed)
         weight_EDN = made(experts, width, outputs, std=width**-0.5).detach()
         expert_R = torch.randint(experts, (rows,), generator=made.generator, device=device)
         end_E = torch.bincount(expert_R, minlength=experts).cumsum(0)
@@ -372,23 +403,19 @@ def _serving_case(
     )  # fmt: skip
 
 
-# -- inputs and peers -------------------------------------------------------------------------------------------------
+# -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _inputs(device: torch.device, **shapes: tuple[int, ...]) -> Callable[[], Inputs]:
-    def inputs() -> Inputs:
-        made = _maker(device)
+def _inputs(device: torch.device, **shapes: tuple[int, ...]) -> Callable[..., Inputs]:
+    def inputs(seed: int = 0) -> Inputs:
+        made = _maker(device, seed)
         return {name: made(*shape) for name, shape in shapes.items()}
 
     return inputs
 
 
-def _peer(label: str, module: str, name: str, wrap: Callable[[Any], Provider]) -> dict[str, Provider]:
-    """A kernel of another package, where that is installed."""
-    try:
-        return {label: wrap(getattr(importlib.import_module(module), name))}
-    except ImportError:
-        return {}
+def _where(possible: bool, tune: Callable[[Inputs], object]) -> Callable[[Inputs], object] | None:
+    return tune if possible else None
 
 
 def _compiled(op: Provider) -> Provider:
@@ -410,9 +437,9 @@ def _size(device: torch.device) -> int:
 class _maker:
     """Normal numbers from one seed, in the type that the device is measured in; they require a gradient."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
         drawn = torch.randn(shape, generator=self.generator, device=self.device) * std

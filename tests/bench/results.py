@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,3 +17,14 @@ def append(rows: Sequence[Mapping[str, object]], columns: Sequence[str], target:
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def commit() -> str:
+    """Commit of the code; BENCH_COMMIT where it was copied without its history, or where MLflow is not installed."""
+    if os.environ.get("BENCH_COMMIT"):
+        return os.environ["BENCH_COMMIT"]
+    try:
+        from deepseek_ray.registry.tracking import git_commit
+    except ImportError:
+        return "unknown"
+    return git_commit()

@@ -33,9 +33,8 @@ from deepseek_ray.kernels.router_topk import Routing
 from deepseek_ray.models.counts import count, flops_per_token
 from deepseek_ray.models.router import Router
 from deepseek_ray.presets_moe import load_moe_preset
-from deepseek_ray.registry.tracking import git_commit
 from deepseek_ray.train.pretraining import make_stepper
-from tests.bench.results import append
+from tests.bench.results import append, commit
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 BYTES_A_WEIGHT = 4 + 4 + 8 + 2  # float32 weight and gradient, two moments, a copy to compute with
@@ -102,7 +101,7 @@ def measure(options: argparse.Namespace, tokens: int, routing: str, *, compiled:
         "tokens_per_s": round(rate), "tflops": round(tflops, 3), "mfu": round(tflops / peak, 4),
         "of_matmul": round(tflops / matmul_tflops(device), 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0.0,
-        "device": name, "torch": torch.__version__, "commit": git_commit(),
+        "device": name, "torch": torch.__version__, "commit": commit(),
     }  # fmt: skip
 
 
