@@ -11,7 +11,7 @@ CLUSTERLESS := $(patsubst %,tests/%.py,integration/test_redis integration/test_r
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-clusters test-others test-full lint bench clean
+.PHONY: help install demo test test-clusters test-others test-full lint bench gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -50,6 +50,12 @@ bench: $(STAMP) ## measure; prints a table for each benchmark
 	@for file in tests/bench/bench_*.py; do \
 		echo "$$file"; $(BIN)/python -m tests.bench.$$(basename $$file .py) $(ARGS) || exit 1; \
 	done
+
+gpu: $(STAMP) ## on a GPU: check the kernels, then measure them, into OUT (runs/gpu)
+	PYTHON=$(abspath $(BIN))/python bash tests/bench/gpu.sh $(or $(OUT),runs/gpu)
+
+sanitize: $(STAMP) ## on a GPU: the kernels under compute-sanitizer
+	PYTHON=$(abspath $(BIN))/python bash tests/gpu/sanitize.sh
 
 clean: ## remove .venv, caches and build output; runs/ holds your results and stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

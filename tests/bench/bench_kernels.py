@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """Those that were asked for, with the providers that were asked for."""
-    for case in kernel_cases.all_cases(device, small=options.small, words=options.ops):
-        if options.goals and not kernel_goals.concerns(case.op, case.shape):
-            continue
+    """Those that were asked for, with the providers that were asked for; for goals in the order of these."""
+    found = kernel_cases.all_cases(device, small=options.small, words=options.ops)
+    if options.goals:
+        places = [(kernel_goals.place(case.op, case.shape), case) for case in found]
+        found = (case for _, case in sorted(((n, case) for n, case in places if n is not None), key=itemgetter(0)))
+    for case in found:
         wanted = {name: op for name, op in case.providers.items() if _asked(name, options.providers)}
         yield replace(case, providers=wanted)
 

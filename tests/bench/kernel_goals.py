@@ -44,18 +44,18 @@ GOALS = (
     Goal("fused_moe", f"T32768 {WIDE}", "backward", "tflops", 440),
     Goal("fused_moe", f"T8192 {MIXTRAL}", "forward", "tflops", 600),
     Goal("fused_moe", f"T8192 {MIXTRAL}", "backward", "tflops", 480),
-    Goal("fused_moe", r"I(256|512|768) E\d+ K\d+ uniform", "full", "speedup", 1.5, against="torch grouped_mm"),
     Goal("linear_cross_entropy", "D4096 V131072", "forward", "tflops", 700),
     Goal("linear_cross_entropy", "D4096 V131072", "backward", "tflops", 690),
     *(Goal("rms_norm", r"N(4096|8192|65536)", way, "of_roofline", 0.9) for way in ("forward", "backward")),
     *(Goal("swiglu", r"I(4096|8192|65536)", way, "of_roofline", 0.9) for way in ("forward", "backward")),
     *(Goal("router_topk", "", way, "of_roofline", 0.9) for way in ("forward", "backward")),
+    Goal("fused_moe", r"I(256|512|768) E\d+ K\d+ uniform", "full", "speedup", 1.5, against="torch grouped_mm"),
 )
 
 
-def concerns(op: str, shape: str) -> bool:
-    """Whether a goal needs this case."""
-    return any(goal.op == op and re.search(goal.shape, shape) for goal in GOALS)
+def place(op: str, shape: str) -> int | None:
+    """Number of the first goal that needs this case; None where none does."""
+    return next((n for n, goal in enumerate(GOALS) if goal.op == op and re.search(goal.shape, shape)), None)
 
 
 def report(rows: Sequence[Row]) -> list[str]:

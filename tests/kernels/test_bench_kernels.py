@@ -16,7 +16,7 @@ from deepseek_ray.kernels import dispatch
 from tests.bench import bench_kernels, kernel_cases, kernel_goals, kernel_peers
 from tests.bench.bench_kernels import Machine, main, measure
 from tests.bench.kernel_cases import ROUTINGS, Case, all_cases, routed, row_cases
-from tests.bench.kernel_goals import GOALS, concerns, report
+from tests.bench.kernel_goals import GOALS, place, report
 from tests.kernels.checks import needs_kernels
 
 CPU = torch.device("cpu")
@@ -173,10 +173,18 @@ def test_a_goal_reads_the_latest_row_of_ours() -> None:
 
 
 def test_every_goal_names_a_case() -> None:
-    cases = [case for case in all_cases(CPU, small=False) if concerns(case.op, case.shape)]
+    cases = [case for case in all_cases(CPU, small=False) if place(case.op, case.shape) is not None]
     for goal in GOALS:
         assert any(kernel_goals.re.search(goal.shape, case.shape) for case in cases if case.op == goal.op), goal
         assert all(goal.against in case.providers for case in cases if goal.against and case.op == goal.op)
+
+
+def test_goals_are_measured_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench_kernels._parser().parse_args(["--goals"])
+    found = [f"{case.op} {case.shape}" for case in bench_kernels.cases(options, CPU)]
+    assert found[0] == "fused_moe T32768 D2048 I768 E128 K8 uniform"
+    assert found[-1].startswith("fused_moe")
+    assert not any("rope" in name for name in found)
 
 
 def fused(x_TD: Tensor, up_ECD: Tensor, down_EDI: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layer keeps the host ahead of the GPU: on the kernels, MoE.forward and its gradients ask the GPU for no number."""
+"""The host runs ahead of the GPU: on the kernels, the model's MoE layer and its gradients ask for no number."""
 
 from __future__ import annotations
 
@@ -101,5 +101,5 @@ class Asking(nn.Module):
     ids=["item", "tolist", "nonzero", "mask", "where", "bincount", "repeat_interleave", "bool", "unique"],
 )
 def test_a_question_to_the_device_is_noticed(question: Any) -> None:
-    with pytest.raises(AssertionError, match="makes the host wait|with a mask"):
+    with pytest.raises(AssertionError, match=r"makes the host wait|with a mask"):
         both_passes(Asking(question))
