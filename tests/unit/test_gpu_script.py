@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 STANDS_IN = """#!/usr/bin/env bash
 case "$*" in
   *xdist*) exit 1 ;;
+  "-m pytest"*) echo "1 passed" ;;
   *report*) mkdir -p "${@: -1}"; echo "goals of $4" ;;
   *bench_kernels*--goals*--tune*) exit 3 ;;
-  *bench_kernels*) echo "op" >> "${*: 4:1}"; %s ;;
-  *) echo "1 passed" ;;
+  *bench_kernels*) echo "op" >> "$4"; %s ;;
 esac
 """
 
