@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deepseek_ray.kernels import dispatch, tuning
 from deepseek_ray.kernels.aot import Variant
+from deepseek_ray.kernels.gradients import asked_for
 
 try:
     import triton
@@ -232,7 +233,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, g_lse_T: Tensor, g_aim_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x_TD, weight_VD, target_T, lse_T = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_x, need_weight, _ = asked_for(ctx)
     dx_TD, dweight_VD = torch.ops.deepseek_ray.linear_lse_backward(
         x_TD, weight_VD, target_T, lse_T, g_lse_T, g_aim_T, ctx.columns, need_x, need_weight
     )
