@@ -150,7 +150,10 @@ def _forward_settings(dtype: torch.dtype, width: int) -> Settings:
 
 
 def _backward_settings(dtype: torch.dtype, width: int) -> Settings:
-    return settings_for("gelu_layer_norm_backward", (dtype, width), backward_tile(width))
+    default = backward_tile(width)
+    if dtype == torch.float32:  # twice the bytes on their way: half as many numbers a thread, or the widest rows spill
+        default = {**default, "num_warps": min(32, 2 * default["num_warps"])}
+    return settings_for("gelu_layer_norm_backward", (dtype, width), default)
 
 
 if triton is not None:
@@ -233,19 +236,20 @@ def aot_variants() -> list[Variant]:
         for width in (256, 2048, MAX_WIDTH)
         for tanh in (False, True)
         for backward in (False, True)
-    ]
+    ] + [_variant(MAX_WIDTH, tanh, True, torch.float32) for tanh in (False, True)]
 
 
-def _variant(width: int, tanh: bool, backward: bool) -> Variant:
-    settings = (_backward_settings if backward else _forward_settings)(torch.bfloat16, width)
+def _variant(width: int, tanh: bool, backward: bool, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    settings = (_backward_settings if backward else _forward_settings)(dtype, width)
+    kind = "fp32" if dtype == torch.float32 else "bf16"
     half = ("x_ptr", "w_ptr", "dy_ptr", "dx_ptr") if backward else ("x_ptr", "w_ptr", "b_ptr", "y_ptr")
     single = ("mean_ptr", "rstd_ptr", *(("sums_ptr",) if backward else ()))
     last = {"num_steps": "i32"} if backward else {"eps": "fp32"}
     sizes = {"num_rows": "i32", "width": "i32", **last}
     return Variant(
         "gelu_layer_norm", _backward if backward else _forward,
-        {**dict.fromkeys(half, "*bf16"), **dict.fromkeys(single, "*fp32"), **sizes},
+        {**dict.fromkeys(half, f"*{kind}"), **dict.fromkeys(single, "*fp32"), **sizes},
         {"TANH": tanh, "BLOCK_M": settings["BLOCK_M"], "BLOCK_N": settings["BLOCK_N"]},
         aligned=("num_rows", "width"), options={"num_warps": settings["num_warps"]},
-        label=f"bf16 N{width} {'tanh' if tanh else 'exact'}{' backward' if backward else ''}",
+        label=f"{kind} N{width} {'tanh' if tanh else 'exact'}{' backward' if backward else ''}",
     )  # fmt: skip

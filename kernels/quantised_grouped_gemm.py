@@ -196,10 +196,9 @@ def _variant(name: str, shape: tuple[int, int, int], bits: int, group: int, zero
     constants |= {name: settings[name] for name in ("BLOCK_R", "BLOCK_N")} | ({} if zeros else {"zero_ptr": None})
     kind = f"int{bits} group {group if group < width else 'D'}{' zeros' if zeros else ''}"
     options = {key: settings[key] for key in ("num_warps", "num_stages")}
-    label = f"{name} {kind} {rows} rows"
-    return Variant(
-        "quantised_grouped_gemm", _kernel, signature, constants, ("num_rows", "width", "outputs"), options, label
-    )
+    label, sizes = f"{name} {kind} {rows} rows", ("num_rows", "width", "outputs")
+    targets = ("sm_80", "sm_90", "gfx942", *(("sm_120",) if rows == 128 and zeros else ()))  # the most shared memory
+    return Variant("quantised_grouped_gemm", _kernel, signature, constants, sizes, options, label, targets)
 
 
 def _check_weight(weight_EDN: Tensor, group: int | None) -> int:
