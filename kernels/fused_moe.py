@@ -27,7 +27,7 @@ except ImportError:  # not on every platform; the reference then serves
     triton = None
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.gradients import asked_for
 from deepseek_ray.kernels.grouped_gemm import (
     OUTER_CANDIDATES,
@@ -156,7 +156,7 @@ def _grouped_is_legal(x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> bool:
     return hasattr(F, "grouped_mm") and x_TD.dtype in known and aligned and full
 
 
-@torch.library.custom_op("deepseek_ray::fused_moe", mutates_args=())
+@operator("fused_moe")
 def _forward(
     x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -178,7 +178,7 @@ def _(
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), h_S2I, *empty_routing(expert_TK, len(up_ED2I))
 
 
-@torch.library.custom_op("deepseek_ray::fused_moe_activation_backward", mutates_args=())
+@operator("fused_moe_activation_backward")
 def _backward_to_rows(
     dy_TD: Tensor, gate_TK: Tensor, down_EID: Tensor, h_S2I: Tensor,
     offset_E: Tensor, pair_S: Tensor, row_S: Tensor, tile_N2: Tensor,
@@ -197,7 +197,7 @@ def _(dy_TD: Tensor, gate_TK: Tensor, down_EID: Tensor, h_S2I: Tensor, *routing:
     return torch.empty_like(h_S2I), a_SI, torch.empty_like(gate_TK, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("deepseek_ray::fused_moe_backward", mutates_args=())
+@operator("fused_moe_backward")
 def _backward(
     dy_TD: Tensor, x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor, dh_S2I: Tensor, a_SI: Tensor,
     offset_E: Tensor, pair_S: Tensor, row_S: Tensor, tile_N2: Tensor, wanted: list[bool],

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, check_floats, forward_tile, programs
 from deepseek_ray.kernels.tuning import Settings, settings_for
 
@@ -82,7 +82,7 @@ def gelu_layer_norm(
     return rows.shaped(y_MN)
 
 
-@torch.library.custom_op("deepseek_ray::gelu_layer_norm", mutates_args=())
+@operator("gelu_layer_norm")
 def _forward_op(
     x_MN: Tensor, weight_N: Tensor, bias_N: Tensor, eps: float, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _(x_MN: Tensor, weight_N: Tensor, bias_N: Tensor, eps: float, tanh: bool) ->
     return torch.empty_like(x_MN), mean_M, rstd_M
 
 
-@torch.library.custom_op("deepseek_ray::gelu_layer_norm_backward", mutates_args=())
+@operator("gelu_layer_norm_backward")
 def _backward_op(
     x_MN: Tensor, weight_N: Tensor, mean_M: Tensor, rstd_M: Tensor, dy_MN: Tensor, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -179,7 +179,7 @@ def _shape_class(x_TD: Tensor, weight_VD: Tensor) -> tuple[object, ...]:
     return (x_TD.dtype, weight_VD.shape[1], len(weight_VD), tuning.bucket(len(x_TD)))
 
 
-@torch.library.custom_op("deepseek_ray::linear_lse", mutates_args=())
+@dispatch.operator("linear_lse")
 def _linear_lse(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     x_TD, weight_VD, target_T = x_TD.contiguous(), weight_VD.contiguous(), target_T.contiguous()
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -197,7 +197,7 @@ def _(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, columns: int) -> tuple[
     return x_TD.new_empty(x_TD.shape[0], dtype=wide), x_TD.new_empty(x_TD.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("deepseek_ray::linear_lse_backward", mutates_args=())
+@dispatch.operator("linear_lse_backward")
 def _linear_lse_backward(
     x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, lse_T: Tensor, g_lse_T: Tensor, g_aim_T: Tensor, columns: int,
     need_x: bool, need_weight: bool,

@@ -243,7 +243,7 @@ def _check(x_RD: Tensor, weight: QuantisedWeight, offsets_E1: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("deepseek_ray::quantised_grouped_gemm", mutates_args=())
+@dispatch.operator("quantised_grouped_gemm")
 def _quantised_grouped_gemm(
     x_RD: Tensor, data_EQN: Tensor, scale_EGN: Tensor, zero_EGN: Tensor | None, offsets_E1: Tensor, group: int
 ) -> Tensor:

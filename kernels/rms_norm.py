@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, candidates, check_floats, forward_tile, programs
 from deepseek_ray.kernels.tuning import Settings, settings_for, tune
 
@@ -81,7 +81,7 @@ def rms_norm(
     return rows.shaped(y_MN) if residual is None else (rows.shaped(y_MN), rows.shaped(h_MN))
 
 
-@torch.library.custom_op("deepseek_ray::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _forward_op(
     x_MN: Tensor, weight_N: Tensor, eps: float, residual_MN: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +109,7 @@ def _(x_MN: Tensor, weight_N: Tensor, eps: float, residual_MN: Tensor | None) ->
     return torch.empty_like(x_MN), h_MN, x_MN.new_empty(x_MN.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("deepseek_ray::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _backward_op(
     h_MN: Tensor, weight_N: Tensor, rstd_M: Tensor, dy_MN: Tensor, dh_MN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
