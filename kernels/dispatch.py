@@ -81,7 +81,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         ValueError: when called with tensors on several devices.
     """
 
-    def register(run: Callable[..., Any]) -> torch.library.CustomOpDef:
+    def register(run: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(run, mutates_args=())
         return torch.library.custom_op(
             f"deepseek_ray::{name}", _on_its_device(name, run), mutates_args=(), schema=schema

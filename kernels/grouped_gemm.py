@@ -10,6 +10,7 @@ of an expert's matrix as it is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -229,7 +230,8 @@ def copy_engine(device: torch.device) -> bool:
 
 def describe(x: Tensor, *block: int) -> Any:
     """A contiguous tensor as the copy engine sees it: loads of blocks, zero outside."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+    strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)]  # x's own may be anything where a size is 1
+    return TensorDescriptor(x, list(x.shape), strides, list(block))
 
 
 def descriptor_type(dtype: str, *block: int) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_ray import doctor
-from deepseek_ray.kernels import dispatch
+from deepseek_ray.kernels import dispatch, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,27 @@ def test_the_doctor_says_which_backend_runs_and_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(dispatch.VARIABLE, "metal")
     assert doctor.check_kernels().state == "broken"
     assert "auto, triton, torch" in doctor.check_kernels().fix
+
+
+def test_the_doctor_says_what_to_do_with_a_broken_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table.json").write_text("[]")
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "table.json"))
+    tuning._table.cache_clear()
+    found = doctor.check_kernels()
+    tuning._table.cache_clear()
+    assert found.state == "broken"
+    assert str(tmp_path / "table.json") in found.value
+    assert re.search(rf"delete {tmp_path}/table\.json, or set {tuning.VARIABLE} to another path or to off", found.fix)
+
+
+@pytest.mark.parametrize(("backend", "says"), [("auto", "torch on the CPU"), ("triton", "Triton's interpreter: slow")])
+def test_the_doctor_knows_that_the_interpreter_must_be_asked_for(
+    backend: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
+    assert doctor.check_kernels().value.startswith(says)
+    assert doctor.check_kernels().state == "warning"
 
 
 def test_an_operator_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,12 @@ def test_a_consumer_chip_with_a_copy_engine_has_no_room(
 
 
 @needs_kernels
+def test_one_expert_is_described_by_its_shape() -> None:
+    weight_ERC = torch.empty_strided((1, 8, 16), (7, 16, 1))  # contiguous: nobody walks the first stride
+    assert grouped_gemm.describe(weight_ERC, 1, 8, 16).strides == [128, 16, 1]
+
+
+@needs_kernels
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # rows of others, not stored
 @pytest.mark.parametrize(("width", "hidden"), [(40, 24), (48, 32)])
 def test_tiles_from_the_copy_engine(
