@@ -175,7 +175,7 @@ def test_parts_of_dx_are_not_rounded_before_they_are_added(monkeypatch: pytest.M
     assert op._columns(x, weight) == 128
     monkeypatch.setattr(op, "FEWEST_CHUNKS", 1)
     wanted = gradients(linear_cross_entropy, x, weight, target)[1]
-    assert float((found != wanted).float().mean()) < 0.02  # rounded four times: 0.3
+    assert float((found != wanted).float().mean()) < 0.02  # rounded four times: 0.26
 
 
 class Largest(TorchDispatchMode):
