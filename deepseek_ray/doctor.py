@@ -128,14 +128,26 @@ def check_kernels() -> Check:
     """How the operations of kernels/ run here: by Triton or plain torch, why, and with which launch settings."""
     from deepseek_ray.kernels import dispatch, tuning
 
-    fix = f"set {dispatch.VARIABLE} to one of {', '.join(dispatch.CHOICES)}"
     try:
-        choice, table = dispatch.choice(), tuning.file()
+        choice = dispatch.choice()
+    except ValueError as error:
+        return Check(
+            "kernels", "broken", str(error), f"set {dispatch.VARIABLE} to one of {', '.join(dispatch.CHOICES)}"
+        )
+    table = tuning.file()
+    try:
         measured = tuning.count()
     except ValueError as error:
+        fix = f"delete {table}, or set {tuning.VARIABLE} to another path or to off"
         return Check("kernels", "broken", str(error), fix)
     if dispatch.interpreting():
-        return Check("kernels", "warning", "Triton's interpreter: slow", "unset TRITON_INTERPRET outside kernel tests")
+        asked = os.environ.get(dispatch.VARIABLE) == "triton"
+        value = (
+            "Triton's interpreter: slow"
+            if asked
+            else f"torch on the CPU: the interpreter needs {dispatch.VARIABLE}=triton"
+        )
+        return Check("kernels", "warning", value, "unset TRITON_INTERPRET outside kernel tests")
     value = f"{choice.backend}: {choice.why}"
     if choice.backend == "triton":
         value += f"; {measured} measured settings in {table}" if table else "; default settings"

@@ -19,7 +19,14 @@ try:
 except ImportError:  # not on every platform
     triton = None
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+"""What one block may have."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Variant:
         aligned: arguments divisible by 16; all pointers are.
         options: num_warps and num_stages.
         label: what tells it from other variants of the op.
+        targets: where it is launched; sm_120 is left out where it runs what sm_80 runs.
     """
 
     op: str
@@ -43,6 +51,7 @@ class Variant:
     aligned: Sequence[str] = ()
     options: Mapping[str, int] = field(default_factory=dict)
     label: str = ""
+    targets: Sequence[str] = ("sm_80", "sm_90", "gfx942")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ DEEPSEEK_RAY_KERNELS = auto (Triton on a GPU that it supports, else torch), trit
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,39 @@ def _runs_triton(on_gpu: bool) -> bool:
     if not on_gpu and not (os.environ.get(VARIABLE) == "triton" and interpreting()):
         return False
     return choice().backend == "triton"
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an operator of torch, ``deepseek_ray::name``, that changes none of its arguments.
+
+    It runs on the device of its tensors: Triton launches on the current one, which may be another.
+
+    Raises:
+        ValueError: when called with tensors on several devices.
+    """
+
+    def register(run: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(run, mutates_args=())
+        return torch.library.custom_op(
+            f"deepseek_ray::{name}", _on_its_device(name, run), mutates_args=(), schema=schema
+        )
+
+    return register
+
+
+def _on_its_device(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(run)
+    def launch(*args: Any) -> Any:
+        devices = {one.device: None for one in args if isinstance(one, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name} got tensors on {' and '.join(map(str, devices))}: move them to one device")
+        (device,) = devices
+        if device.type != "cuda":
+            return run(*args)
+        with torch.cuda.device(device):
+            return run(*args)
+
+    return launch
 
 
 def interpreting() -> bool:

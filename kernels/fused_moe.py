@@ -27,7 +27,8 @@ except ImportError:  # not on every platform; the reference then serves
     triton = None
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
+from deepseek_ray.kernels.gradients import asked_for
 from deepseek_ray.kernels.grouped_gemm import (
     OUTER_CANDIDATES,
     ROW_CANDIDATES,
@@ -155,7 +156,7 @@ def _grouped_is_legal(x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor) -> bool:
     return hasattr(F, "grouped_mm") and x_TD.dtype in known and aligned and full
 
 
-@torch.library.custom_op("deepseek_ray::fused_moe", mutates_args=())
+@operator("fused_moe")
 def _forward(
     x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -177,45 +178,60 @@ def _(
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), h_S2I, *empty_routing(expert_TK, len(up_ED2I))
 
 
-@torch.library.custom_op("deepseek_ray::fused_moe_backward", mutates_args=())
-def _backward(
-    dy_TD: Tensor, x_TD: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor, h_S2I: Tensor,
-    offset_E: Tensor, pair_S: Tensor, row_S: Tensor, tile_N2: Tensor, wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, gates, up and down; one that is not ``wanted`` is empty."""
+@operator("fused_moe_activation_backward")
+def _backward_to_rows(
+    dy_TD: Tensor, gate_TK: Tensor, down_EID: Tensor, h_S2I: Tensor,
+    offset_E: Tensor, pair_S: Tensor, row_S: Tensor, tile_N2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the pre-activation and of the gates, and the gated activation: what all gradients rest on."""
     routing = Routing(offset_E, pair_S, row_S, tile_N2)
-    dy_TD, x_TD, gate_TK = dy_TD.contiguous(), x_TD.contiguous(), gate_TK.contiguous()
-    up_EDC, down_EID = up_ED2I.contiguous().flatten(2), down_EID.contiguous()
-    top_k = gate_TK.shape[1]
-    height = block_rows(len(h_S2I), len(up_EDC), x_TD.dtype)
-    dh_S2I, a_SI, part_SN = backward_of_activation(dy_TD, down_EID, h_S2I, gate_TK, routing, height)
-    dx_TD, dgate_TK, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
+    gate_TK, height = gate_TK.contiguous(), block_rows(len(h_S2I), len(down_EID), h_S2I.dtype)
+    down_EID = down_EID.contiguous()
+    dh_S2I, a_SI, part_SN = backward_of_activation(dy_TD.contiguous(), down_EID, h_S2I, gate_TK, routing, height)
+    return dh_S2I, a_SI, sum_parts(part_SN, routing, gate_TK)
+
+
+@_backward_to_rows.register_fake
+def _(dy_TD: Tensor, gate_TK: Tensor, down_EID: Tensor, h_S2I: Tensor, *routing: Tensor) -> tuple[Tensor, ...]:
+    a_SI = h_S2I.new_empty((len(h_S2I), down_EID.shape[1]))
+    return torch.empty_like(h_S2I), a_SI, torch.empty_like(gate_TK, memory_format=torch.contiguous_format)
+
+
+@operator("fused_moe_backward")
+def _backward(
+    dy_TD: Tensor, x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor, dh_S2I: Tensor, a_SI: Tensor,
+    offset_E: Tensor, pair_S: Tensor, row_S: Tensor, tile_N2: Tensor, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, up and down; one that is not ``wanted`` is empty."""
+    routing = Routing(offset_E, pair_S, row_S, tile_N2)
+    top_k = len(dh_S2I) // len(x_TD)
+    dx_TD, dup, ddown = (x_TD.new_empty(0) for _ in range(3))
     if wanted[0]:
-        dx_TD = combine(multiply_rows(dh_S2I, up_EDC, routing, height, transposed=True), routing, None, top_k)
+        height = block_rows(len(dh_S2I), len(up_ED2I), x_TD.dtype)
+        dx_SD = multiply_rows(dh_S2I, up_ED2I.contiguous().flatten(2), routing, height, transposed=True)
+        dx_TD = combine(dx_SD, routing, None, top_k)
     if wanted[1]:
-        dgate_TK = sum_parts(part_SN, routing, gate_TK)
+        dup = outer_products(x_TD.contiguous(), dh_S2I, routing, top_k, gather_left=True).view_as(up_ED2I)
     if wanted[2]:
-        dup = outer_products(x_TD, dh_S2I, routing, top_k, gather_left=True).view_as(up_ED2I)
-    if wanted[3]:
-        ddown = outer_products(a_SI, dy_TD, routing, top_k, gather_left=False)
-    return dx_TD, dgate_TK, dup, ddown
+        ddown = outer_products(a_SI, dy_TD.contiguous(), routing, top_k, gather_left=False)
+    return dx_TD, dup, ddown
 
 
 @_backward.register_fake
 def _(
-    dy_TD: Tensor, x_TD: Tensor, gate_TK: Tensor, up_ED2I: Tensor, down_EID: Tensor, h_S2I: Tensor,
+    dy_TD: Tensor, x_TD: Tensor, up_ED2I: Tensor, down_EID: Tensor, dh_S2I: Tensor, a_SI: Tensor,
     offset_E: Tensor, pair_S: Tensor, row_S: Tensor, tile_N2: Tensor, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    likes = (x_TD, gate_TK, up_ED2I, down_EID)
     return tuple(
         torch.empty_like(like, memory_format=torch.contiguous_format) if want else x_TD.new_empty(0)
-        for like, want in zip(likes, wanted, strict=True)
+        for like, want in zip((x_TD, up_ED2I, down_EID), wanted, strict=True)
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_TD, _, gate_TK, up_ED2I, down_EID, keep = inputs
     ctx.set_materialize_grads(False)
+    ctx.rows = None
     if keep:
         ctx.save_for_backward(x_TD, gate_TK, up_ED2I, down_EID, *output[1:])
 
@@ -223,11 +239,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy_TD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy_TD is None:
         return (None,) * 6
-    x, _experts, gate, up, down, _keep = ctx.needs_input_grad
-    wanted = [x, gate, up, down]
-    found = _backward(dy_TD, *ctx.saved_tensors, wanted)
-    dx_TD, dgate_TK, dup, ddown = (one if want else None for one, want in zip(found, wanted, strict=True))
-    return dx_TD, None, dgate_TK, dup, ddown, None
+    x, _experts, gate, up, down = asked_for(ctx)
+    dh_S2I, a_SI, dgate_TK = _rows_once(ctx, dy_TD, last=(up, down) == ctx.needs_input_grad[3:5])
+    x_TD, _gates, up_ED2I, down_EID, _h, *routing = ctx.saved_tensors
+    wanted = [x, up, down]
+    found = _backward(dy_TD, x_TD, up_ED2I, down_EID, dh_S2I, a_SI, *routing, wanted)
+    dx_TD, dup, ddown = (one if want else None for one, want in zip(found, wanted, strict=True))
+    return dx_TD, None, dgate_TK if gate else None, dup, ddown, None
+
+
+def _rows_once(ctx: Any, dy_TD: Tensor, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What a pass for the inputs found, kept for the one for the weights that follows with the same gradient of y."""
+    kept, ctx.rows = ctx.rows, None
+    if kept is not None and kept[0] is dy_TD and kept[1] == dy_TD._version:
+        found: tuple[Tensor, Tensor, Tensor] = kept[2]
+    else:
+        _x, gate_TK, _up, down_EID, h_S2I, *routing = ctx.saved_tensors
+        found = _backward_to_rows(dy_TD, gate_TK, down_EID, h_S2I, *routing)
+    if not last:
+        ctx.rows = dy_TD, dy_TD._version, found
+    return found
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, candidates, check_floats, forward_tile, programs
 from deepseek_ray.kernels.tuning import Settings, settings_for, tune_op
 
@@ -82,7 +82,7 @@ def gelu_layer_norm(
     return rows.shaped(y_MN)
 
 
-@torch.library.custom_op("deepseek_ray::gelu_layer_norm", mutates_args=())
+@operator("gelu_layer_norm")
 def _forward_op(
     x_MN: Tensor, weight_N: Tensor, bias_N: Tensor, eps: float, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _(x_MN: Tensor, weight_N: Tensor, bias_N: Tensor, eps: float, tanh: bool) ->
     return torch.empty_like(x_MN), mean_M, rstd_M
 
 
-@torch.library.custom_op("deepseek_ray::gelu_layer_norm_backward", mutates_args=())
+@operator("gelu_layer_norm_backward")
 def _backward_op(
     x_MN: Tensor, weight_N: Tensor, mean_M: Tensor, rstd_M: Tensor, dy_MN: Tensor, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +150,10 @@ def _forward_settings(dtype: torch.dtype, width: int) -> Settings:
 
 
 def _backward_settings(dtype: torch.dtype, width: int) -> Settings:
-    return settings_for("gelu_layer_norm_backward", (dtype, width), backward_tile(width))
+    default = backward_tile(width)
+    if dtype == torch.float32:  # twice the bytes on their way: half as many numbers a thread, or the widest rows spill
+        default = {**default, "num_warps": min(32, 2 * default["num_warps"])}
+    return settings_for("gelu_layer_norm_backward", (dtype, width), default)
 
 
 def tune_gelu_layer_norm(x: Tensor, weight_N: Tensor, bias_N: Tensor) -> tuple[Settings, Settings]:
@@ -245,19 +248,20 @@ def aot_variants() -> list[Variant]:
         for width in (256, 2048, MAX_WIDTH)
         for tanh in (False, True)
         for backward in (False, True)
-    ]
+    ] + [_variant(MAX_WIDTH, tanh, True, torch.float32) for tanh in (False, True)]
 
 
-def _variant(width: int, tanh: bool, backward: bool) -> Variant:
-    settings = (_backward_settings if backward else _forward_settings)(torch.bfloat16, width)
+def _variant(width: int, tanh: bool, backward: bool, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    settings = (_backward_settings if backward else _forward_settings)(dtype, width)
+    kind = "fp32" if dtype == torch.float32 else "bf16"
     half = ("x_ptr", "w_ptr", "dy_ptr", "dx_ptr") if backward else ("x_ptr", "w_ptr", "b_ptr", "y_ptr")
     single = ("mean_ptr", "rstd_ptr", *(("sums_ptr",) if backward else ()))
     last = {"num_steps": "i32"} if backward else {"eps": "fp32"}
     sizes = {"num_rows": "i32", "width": "i32", **last}
     return Variant(
         "gelu_layer_norm", _backward if backward else _forward,
-        {**dict.fromkeys(half, "*bf16"), **dict.fromkeys(single, "*fp32"), **sizes},
+        {**dict.fromkeys(half, f"*{kind}"), **dict.fromkeys(single, "*fp32"), **sizes},
         {"TANH": tanh, "BLOCK_M": settings["BLOCK_M"], "BLOCK_N": settings["BLOCK_N"]},
         aligned=("num_rows", "width"), options={"num_warps": settings["num_warps"]},
-        label=f"bf16 N{width} {'tanh' if tanh else 'exact'}{' backward' if backward else ''}",
+        label=f"{kind} N{width} {'tanh' if tanh else 'exact'}{' backward' if backward else ''}",
     )  # fmt: skip

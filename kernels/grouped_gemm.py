@@ -10,8 +10,10 @@ of an expert's matrix as it is stored.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,8 @@ PAIRED = {"BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 16, "TMA": 1, "num_warps": 4, 
 """Two programs a multiprocessor: while one stores its tile the other one multiplies."""
 OUTER = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 5}
 """Three buffers: the pipeline spends the other stages on fetching indices before rows."""
+LARGEST_BYTES = 196640
+"""Shared memory of the largest of these and of moe_swiglu.py: consumer chips have a copy engine, but half of it."""
 SHORT_DEPTH = 1024
 ROW_CANDIDATES: list[Settings] = [
     {"BLOCK_N": n, "BLOCK_K": 64, "GROUP": group, "TMA": tma, "num_warps": warps, "num_stages": stages}
@@ -67,22 +71,66 @@ def outer_class(dtype: torch.dtype, height: int, width: int, average_rows: int) 
     return (dtype, height, width, bucket(average_rows))
 
 
-def for_device(default: Settings, x: Tensor) -> Settings:
-    """Defaults are for Hopper in half precision: less shared memory elsewhere, and no matrix units for float32."""
-    if x.dtype == torch.float32:
-        small = {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-        return {**default, **small, **{name: 64 for name in ("BLOCK_M",) if name in default}}
-    if copy_engine(x.device):
+class Kind(NamedTuple):
+    """What decides the tile, besides the shape.
+
+    Attributes:
+        label: for tables.
+        targets: of aot.py that launch it.
+        dtype: of rows and weights.
+        roomy: the device has Hopper's copy engine and shared memory for the largest tiles.
+        even: rows are multiples of 16 numbers, at addresses that are multiples of 16: wide loads.
+        amd: not NVIDIA's.
+    """
+
+    label: str
+    targets: tuple[str, ...]
+    dtype: torch.dtype
+    roomy: bool = False
+    even: bool = True
+    amd: bool = False
+
+
+KINDS = (
+    Kind("", ("sm_90",), torch.bfloat16, roomy=True),
+    Kind(" small", ("sm_80", "sm_120"), torch.bfloat16),
+    Kind(" small", ("gfx942",), torch.bfloat16, amd=True),
+    Kind(" fp32", ("sm_80", "sm_90", "sm_120"), torch.float32),
+    Kind(" odd", ("sm_80", "sm_90", "sm_120"), torch.bfloat16, even=False),
+    Kind(" fp32 odd", ("sm_90", "sm_120"), torch.float32, even=False),
+)
+
+
+def for_launch(default: Settings, rows: Tensor, *sizes: int) -> Settings:
+    """``tile_of`` for these rows, on their device, in products of matrices with these sizes."""
+    even = rows.data_ptr() % 16 == 0 and all(size % 16 == 0 for size in sizes)
+    amd = torch.version.hip is not None
+    return tile_of(default, Kind("", (), rows.dtype, roomy(rows.device), even, amd))
+
+
+def tile_of(default: Settings, kind: Kind) -> Settings:
+    """Defaults are for Hopper in half precision; here is what runs elsewhere.
+
+    Less shared memory: half the tile and three buffers, since products go through registers there. No matrix units for
+    float32, and tiles from the copy engine cost it 320 bytes of stack and more. Rows that are not aligned come number
+    by number, with an address in a register each: a quarter of the tile.
+    """
+    if kind.dtype == torch.float32:
+        tile = _changed(default, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, TMA=0, num_warps=4, num_stages=2)
+    elif kind.amd:
+        tile = _changed(default, BLOCK_N=default["BLOCK_N"] // 2, BLOCK_K=32, TMA=0, num_stages=2)
+    elif kind.roomy and kind.even:
         return default
-    if torch.version.hip is not None:
-        return {**default, "BLOCK_K": 32, "num_stages": 2}
-    return without_copy_engine(default)
+    else:
+        buffers = min(default["num_stages"], 3) if "TMA" in default else default["num_stages"]
+        tile = _changed(default, BLOCK_N=default["BLOCK_N"] // 2, TMA=0, num_stages=buffers)
+    if kind.even:
+        return tile
+    return _changed(tile, BLOCK_N=tile["BLOCK_N"] // 2, BLOCK_K=32, num_warps=8, num_stages=2)
 
 
-def without_copy_engine(default: Settings) -> Settings:
-    """For NVIDIA's chips before Hopper: half the tile, since products go through registers there; three buffers."""
-    older = {**default, "BLOCK_N": default["BLOCK_N"] // 2}
-    return {**older, "TMA": 0, "num_stages": min(default["num_stages"], 3)} if "TMA" in default else older
+def _changed(tile: Settings, **change: int) -> Settings:
+    return {name: change.get(name, value) for name, value in tile.items()}
 
 
 def fit(settings: Settings, width: int, depth: int) -> Settings:
@@ -105,7 +153,7 @@ def multiply_rows(
     """
     num_experts, num_rows, num_columns = w_ERC.shape
     depth, width = (num_columns, num_rows) if transposed else (num_rows, num_columns)
-    default = for_device(PAIRED if depth <= SHORT_DEPTH or height < 128 else WIDE, left_SK)
+    default = for_launch(PAIRED if depth <= SHORT_DEPTH or height < 128 else WIDE, left_SK, width, depth)
     op = "moe_rows_transposed" if transposed else "moe_rows"
     settings = settings or settings_for(op, row_class(left_SK.dtype, width, depth, height), default)
     settings = fit(settings, width, depth)
@@ -144,7 +192,7 @@ def outer_products(
     num_experts = len(routing.offset_E) - 1
     height, width = left_XM.shape[1], right_XN.shape[1]
     shape = outer_class(left_XM.dtype, height, width, len(routing.pair_S) // num_experts)
-    settings = settings or settings_for("moe_outer", shape, for_device(OUTER, left_XM))
+    settings = settings or settings_for("moe_outer", shape, for_launch(OUTER, left_XM, height, width))
     settings = {**settings, "BLOCK_M": _cut(settings["BLOCK_M"], height), "BLOCK_N": _cut(settings["BLOCK_N"], width)}
     dw_EMN = torch.empty((num_experts, height, width), dtype=left_XM.dtype, device=left_XM.device)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
@@ -162,6 +210,18 @@ def describable(x: Tensor) -> bool:
     return aligned and x.numel() > 0 and copy_engine(x.device)
 
 
+def roomy(device: torch.device) -> bool:
+    """Whether a device runs the largest tiles."""
+    return copy_engine(device) and shared_bytes(device) >= LARGEST_BYTES
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block may have, as Triton checks it at launch."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.compiler.max_shared_mem(index))
+
+
 @cache
 def copy_engine(device: torch.device) -> bool:
     """Whether a device has one."""
@@ -170,7 +230,8 @@ def copy_engine(device: torch.device) -> bool:
 
 def describe(x: Tensor, *block: int) -> Any:
     """A contiguous tensor as the copy engine sees it: loads of blocks, zero outside."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+    strides = [math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)]  # x's own may be anything where a size is 1
+    return TensorDescriptor(x, list(x.shape), strides, list(block))
 
 
 def descriptor_type(dtype: str, *block: int) -> str:
@@ -179,50 +240,63 @@ def descriptor_type(dtype: str, *block: int) -> str:
 
 
 def aot_variants() -> list[Variant]:
-    """The products of the Qwen3-30B-A3B and the Mixtral layer in bfloat16, for Hopper and for what came before."""
+    """The products of the Qwen3-30B-A3B and the Mixtral layer; sizes are not compiled in, but choose the tile."""
     found: list[Variant] = []
-    for model, depth in (("qwen3", 768), ("mixtral", 14336)):  # sizes are not compiled in, but choose the tile
-        found += [_rows_variant(f"{model} down", depth, False, tma) for tma in (True, False)]
-        found += [_rows_variant(f"{model} dx", 2 * depth, True, tma) for tma in (True, False)]
-    for hopper in (True, False):
-        found += [_outer_variant("dup", True, hopper), _outer_variant("ddown", False, hopper)]
+    for kind in KINDS:
+        found += [_rows_variant("qwen3 down", 768, False, kind), _rows_variant("qwen3 dx", 1536, True, kind)]
+        found += [_outer_variant("dup", True, kind), _outer_variant("ddown", False, kind)]
+        if kind.even and kind.dtype != torch.float32:
+            found.append(_rows_variant("mixtral down", 14336, False, kind))
     return found
 
 
-def _rows_variant(label: str, depth: int, transposed: bool, tma: bool) -> Variant:
-    settings = PAIRED if depth <= SHORT_DEPTH else WIDE
-    settings = settings if tma else without_copy_engine(settings)
+def _rows_variant(label: str, depth: int, transposed: bool, kind: Kind) -> Variant:
+    settings = tile_of(PAIRED if depth <= SHORT_DEPTH else WIDE, kind)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
-    block = (1, block_n, block_k) if transposed else (1, block_k, block_n)
-    signature = {
-        "left": descriptor_type("bf16", 128, block_k) if tma else "*bf16",
-        "w": descriptor_type("bf16", *block) if tma else "*bf16",
-        "y_ptr": "*bf16", "offset_ptr": "*i32", "tile_ptr": "*i32", "num_tiles": "i32", "width": "i32", "depth": "i32",
-    }  # fmt: skip
-    constants = {"TRANSPOSED": transposed, "EVEN": True, "BLOCK_M": 128}
-    label = label if tma else f"{label} before Hopper"
-    return variant("moe_rows", _multiply_rows, signature, constants, ("width", "depth"), settings, label)
+    constants = {"TRANSPOSED": transposed, "BLOCK_M": block_rows(1 << 20, 1, kind.dtype)}
+    blocks = {
+        "left": (constants["BLOCK_M"], block_k),
+        "w": (1, block_n, block_k) if transposed else (1, block_k, block_n),
+    }
+    return variant("moe_rows", _multiply_rows, blocks, constants, settings, label, kind)
 
 
-def _outer_variant(label: str, gather_left: bool, hopper: bool) -> Variant:
-    signature = {
-        "left_ptr": "*bf16", "right_ptr": "*bf16", "dw_ptr": "*bf16", "offset_ptr": "*i32", "pair_ptr": "*i32",
-        "top_k": "i32", "height": "i32", "width": "i32",
-    }  # fmt: skip
-    constants = {"GATHER_LEFT": gather_left, "EVEN": True}
-    settings, label = (OUTER, label) if hopper else (without_copy_engine(OUTER), f"{label} before Hopper")
-    return variant("moe_outer", _outer_products, signature, constants, ("height", "width"), settings, label)
+def _outer_variant(label: str, gather_left: bool, kind: Kind) -> Variant:
+    return variant("moe_outer", _outer_products, {}, {"GATHER_LEFT": gather_left}, tile_of(OUTER, kind), label, kind)
 
 
 def variant(
-    op: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...],
-    settings: Settings, label: str,
+    op: str, kernel: Any, described: Mapping[str, tuple[int, ...]], constants: dict[str, Any], settings: Settings,
+    label: str, kind: Kind,
 ) -> Variant:  # fmt: skip
-    """A variant whose settings are parted into constants and launch options."""
+    """A product of a kind as it is launched.
+
+    Args:
+        op: name for the table.
+        kernel: its function; names of arguments tell their types.
+        described: argument -> block that the copy engine would load.
+        constants: besides EVEN and those among the settings.
+        settings: of the launch.
+        label: of the product.
+        kind: appended to the label.
+    """
+    dtype = "fp32" if kind.dtype == torch.float32 else "bf16"
     options = {name: settings[name] for name in ("num_warps", "num_stages")}
-    blocks = {name: value for name, value in settings.items() if name not in options}
-    blocks |= {"TMA": bool(blocks["TMA"])} if "TMA" in blocks else {}
-    return Variant(op, kernel, signature, {**constants, **blocks}, aligned, options, label)
+    blocks: dict[str, Any] = {name: value for name, value in settings.items() if name not in options}
+    tma = bool(settings.get("TMA"))
+    blocks |= {"TMA": tma} if "TMA" in blocks else {}
+    constants = {"EVEN": kind.even, **constants, **blocks}
+    signature = {name: _TYPES.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constants}
+    signature |= {name: descriptor_type(dtype, *block) for name, block in described.items() if tma}
+    sizes = tuple(name for name in ("height", "width", "depth") if name in signature and kind.even)
+    return Variant(op, kernel, signature, constants, sizes, options, label + kind.label, kind.targets)
+
+
+_TYPES = {
+    **dict.fromkeys(("num_tiles", "top_k", "height", "width", "depth"), "i32"),
+    **dict.fromkeys(("offset_ptr", "pair_ptr", "tile_ptr"), "*i32"),
+    **dict.fromkeys(("router_ptr", "part_ptr"), "*fp32"),
+}
 
 
 def _cut(block: int, size: int) -> int:

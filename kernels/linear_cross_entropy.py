@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deepseek_ray.kernels import dispatch, tuning
 from deepseek_ray.kernels.aot import Variant
+from deepseek_ray.kernels.gradients import asked_for
 
 try:
     import triton
@@ -178,7 +179,7 @@ def _shape_class(x_TD: Tensor, weight_VD: Tensor) -> tuple[object, ...]:
     return (x_TD.dtype, weight_VD.shape[1], len(weight_VD), tuning.bucket(len(x_TD)))
 
 
-@torch.library.custom_op("deepseek_ray::linear_lse", mutates_args=())
+@dispatch.operator("linear_lse")
 def _linear_lse(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     x_TD, weight_VD, target_T = x_TD.contiguous(), weight_VD.contiguous(), target_T.contiguous()
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -196,7 +197,7 @@ def _(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, columns: int) -> tuple[
     return x_TD.new_empty(x_TD.shape[0], dtype=wide), x_TD.new_empty(x_TD.shape[0], dtype=wide)
 
 
-@torch.library.custom_op("deepseek_ray::linear_lse_backward", mutates_args=())
+@dispatch.operator("linear_lse_backward")
 def _linear_lse_backward(
     x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, lse_T: Tensor, g_lse_T: Tensor, g_aim_T: Tensor, columns: int,
     need_x: bool, need_weight: bool,
@@ -213,7 +214,7 @@ def _linear_lse_backward(
         if need_weight:
             torch.mm(part_TC.T, x_TD, out=dweight_VD[start:end])
         if need_x:
-            sum_TD += torch.mm(part_TC, weight_VD[start:end])
+            _add_product(sum_TD, part_TC, weight_VD[start:end])
     return sum_TD.to(x_TD.dtype), dweight_VD
 
 
@@ -232,7 +233,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, g_lse_T: Tensor, g_aim_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x_TD, weight_VD, target_T, lse_T = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_x, need_weight, _ = asked_for(ctx)
     dx_TD, dweight_VD = torch.ops.deepseek_ray.linear_lse_backward(
         x_TD, weight_VD, target_T, lse_T, g_lse_T, g_aim_T, ctx.columns, need_x, need_weight
     )
@@ -255,6 +256,16 @@ def _logits(x_TD: Tensor, weight_VD: Tensor, start: int, logit_TC: Tensor) -> Te
     weight_CD = weight_VD[start : start + logit_TC.shape[1]]
     part_TC = logit_TC[:, : len(weight_CD)]
     return torch.mm(x_TD, weight_CD.T, out=part_TC)
+
+
+def _add_product(sum_TD: Tensor, slope_TC: Tensor, weight_CD: Tensor) -> None:
+    """Add a chunk's part of dX without rounding it to half precision first, where torch can write a product so."""
+    if slope_TC.dtype == sum_TD.dtype or not slope_TC.is_cuda:
+        sum_TD.addmm_(slope_TC.to(sum_TD.dtype), weight_CD.to(sum_TD.dtype))
+    elif torch.version.hip is None:
+        sum_TD += torch.mm(slope_TC, weight_CD, out_dtype=sum_TD.dtype)
+    else:
+        sum_TD += torch.mm(slope_TC, weight_CD)
 
 
 def _fold(logit_TC: Tensor, target_T: Tensor, start: int, lse_T: Tensor, aim_T: Tensor) -> None:

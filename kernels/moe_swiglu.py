@@ -22,14 +22,16 @@ except ImportError:  # not on every platform; the reference then serves
 
 from deepseek_ray.kernels.aot import Variant
 from deepseek_ray.kernels.grouped_gemm import (
+    KINDS,
+    Kind,
+    block_rows,
     describable,
     describe,
-    descriptor_type,
     fit,
-    for_device,
+    for_launch,
     row_class,
+    tile_of,
     variant,
-    without_copy_engine,
 )
 from deepseek_ray.kernels.moe_routing import Routing, num_tiles
 from deepseek_ray.kernels.tuning import Settings, settings_for
@@ -57,7 +59,8 @@ def project_up(
     num_experts, depth, _, width = up_ED2I.shape
     num_rows = len(routing.pair_S)
     shape = row_class(x_TD.dtype, width, depth, height)
-    settings = fit(settings or settings_for("moe_up", shape, for_device(UP, x_TD)), width, depth)
+    settings = settings or settings_for("moe_up", shape, for_launch(UP, x_TD, width, depth))
+    settings = fit(settings, width, depth)
     h_S2I = torch.empty((num_rows if keep else 0, 2 * width), dtype=x_TD.dtype, device=x_TD.device)
     a_SI = torch.empty((num_rows, width), dtype=x_TD.dtype, device=x_TD.device)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
@@ -79,7 +82,8 @@ def backward_of_activation(
     """(dh_S2I, gate * a_SI, one summand of the gate's gradient for each row and tile of columns)."""
     num_experts, width, depth = down_EID.shape
     shape = row_class(dy_TD.dtype, width, depth, height)
-    settings = fit(settings or settings_for("moe_activation", shape, for_device(ACTIVATION, dy_TD)), width, depth)
+    settings = settings or settings_for("moe_activation", shape, for_launch(ACTIVATION, dy_TD, width, depth))
+    settings = fit(settings, width, depth)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
     tiles, columns = num_tiles(len(h_S2I), num_experts, height), triton.cdiv(width, block_n)
     dh_S2I = torch.empty_like(h_S2I)
@@ -96,28 +100,19 @@ def backward_of_activation(
 
 
 def aot_variants() -> list[Variant]:
-    """Both kernels for bfloat16, for Hopper and for what came before; sizes are not compiled in."""
-    found = [_variant("up", _project_up, UP, tma, {"KEEP": keep}) for keep in (True, False) for tma in (True, False)]
-    return found + [_variant("activation", _backward_of_activation, ACTIVATION, tma, {}) for tma in (True, False)]
+    """Both kernels of every kind; sizes are not compiled in."""
+    up, activation = (_project_up, UP), (_backward_of_activation, ACTIVATION)
+    found = [_variant("up", *up, kind, {"KEEP": True}) for kind in KINDS]
+    found += [_variant("up for inference", *up, kind, {"KEEP": False}) for kind in KINDS if kind.roomy]
+    return found + [_variant("activation", *activation, kind, {}) for kind in KINDS]
 
 
-def _variant(label: str, kernel: Any, settings: Settings, tma: bool, constants: dict[str, Any]) -> Variant:
-    settings = settings if tma else without_copy_engine(settings)
+def _variant(label: str, kernel: Any, default: Settings, kind: Kind, constants: dict[str, Any]) -> Variant:
+    settings = tile_of(default, kind)
     block_n, block_k = settings["BLOCK_N"], settings["BLOCK_K"]
-    block = (1, block_k, block_n) if kernel is _project_up else (1, block_n, block_k)
-    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
-    integers = [name for name in kernel.arg_names if name in ("num_tiles", "top_k", "width", "depth")]
-    kinds = {
-        "router_ptr": "*fp32",
-        "part_ptr": "*fp32",
-        **dict.fromkeys(("offset_ptr", "pair_ptr", "tile_ptr"), "*i32"),
-    }
-    signature = {name: kinds.get(name, "*bf16") for name in pointers} | dict.fromkeys(integers, "i32")
-    signature["w"] = descriptor_type("bf16", *block) if tma else "*bf16"
-    label += "" if constants.get("KEEP", True) else " for inference"
-    label += "" if tma else " before Hopper"
-    constants = {**constants, "EVEN": True, "BLOCK_M": 128}
-    return variant("moe_swiglu", kernel, signature, constants, ("width", "depth"), settings, label)
+    described = {"w": (1, block_k, block_n) if kernel is _project_up else (1, block_n, block_k)}
+    constants = {"BLOCK_M": block_rows(1 << 20, 1, kind.dtype), **constants}
+    return variant("moe_swiglu", kernel, described, constants, settings, label, kind)
 
 
 if triton is not None:

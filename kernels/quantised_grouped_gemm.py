@@ -178,17 +178,20 @@ def aot_variants() -> list[Variant]:
     if triton is None:
         return []
     kinds = ((8, 2048, False), (8, 128, False), (4, 128, False), (4, 128, True), (4, 64, False), (4, 32, True))
-    return [
-        *(_variant("Qwen3", (128, 2048, 1536), *kind, rows) for kind in kinds for rows in (16, 128)),
-        *(_variant("Qwen3", (128, 2048, 1536), 4, 128, True, rows) for rows in (32, 64)),
-        *(_variant("Mixtral", (8, 4096, 28672), 4, 128, False, rows) for rows in (16, 128)),
-        *(_variant("DeepSeek-V3", (256, 7168, 4096), 8, 7168, False, rows) for rows in (16, 128)),
+    cases = [
+        *(("Qwen3", (128, 2048, 1536), *kind, rows) for kind in kinds for rows in (16, 128)),
+        *(("Qwen3", (128, 2048, 1536), 4, 128, True, rows) for rows in (32, 64)),
+        *(("Mixtral", (8, 4096, 28672), 4, 128, False, rows) for rows in (16, 128)),
+        *(("DeepSeek-V3", (256, 7168, 4096), 8, 7168, False, rows) for rows in (16, 128)),
     ]
+    return [_variant(*case, amd=amd) for case in cases for amd in (False, True)]
 
 
-def _variant(name: str, shape: tuple[int, int, int], bits: int, group: int, zeros: bool, rows: int) -> Variant:
+def _variant(
+    name: str, shape: tuple[int, int, int], bits: int, group: int, zeros: bool, rows: int, *, amd: bool
+) -> Variant:
     experts, width, _ = shape
-    settings = _default(rows)
+    settings = _default(rows, amd=amd)
     signature = {"x_ptr": "*bf16", "q_ptr": "*i8" if bits == 8 else "*u8", "scale_ptr": "*bf16", "offsets_ptr": "*i32"}
     signature |= {"zero_ptr": "*u8"} if zeros else {}
     signature |= {"y_ptr": "*bf16", "num_rows": "i32", "width": "i32", "outputs": "i32"}
@@ -196,10 +199,10 @@ def _variant(name: str, shape: tuple[int, int, int], bits: int, group: int, zero
     constants |= {name: settings[name] for name in ("BLOCK_R", "BLOCK_N")} | ({} if zeros else {"zero_ptr": None})
     kind = f"int{bits} group {group if group < width else 'D'}{' zeros' if zeros else ''}"
     options = {key: settings[key] for key in ("num_warps", "num_stages")}
-    label = f"{name} {kind} {rows} rows"
-    return Variant(
-        "quantised_grouped_gemm", _kernel, signature, constants, ("num_rows", "width", "outputs"), options, label
-    )
+    label, sizes = f"{name} {kind} {rows} rows", ("num_rows", "width", "outputs")
+    consumer = ("sm_120",) if rows == 128 else ()
+    targets = ("gfx942",) if amd else ("sm_80", "sm_90", *consumer)
+    return Variant("quantised_grouped_gemm", _kernel, signature, constants, sizes, options, label, targets)
 
 
 def _check_weight(weight_EDN: Tensor, group: int | None) -> int:
@@ -240,7 +243,7 @@ def _check(x_RD: Tensor, weight: QuantisedWeight, offsets_E1: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("deepseek_ray::quantised_grouped_gemm", mutates_args=())
+@dispatch.operator("quantised_grouped_gemm")
 def _quantised_grouped_gemm(
     x_RD: Tensor, data_EQN: Tensor, scale_EGN: Tensor, zero_EGN: Tensor | None, offsets_E1: Tensor, group: int
 ) -> Tensor:
@@ -250,7 +253,7 @@ def _quantised_grouped_gemm(
     bits = 8 if data_EQN.dtype == torch.int8 else 4
     weight = QuantisedWeight(data_EQN.contiguous(), scale_EGN.contiguous(), zero_EGN, bits, group)
     y_RN = torch.empty(len(x_RD), weight.shape[2], dtype=x_RD.dtype, device=x_RD.device)
-    default = _default(-(-len(x_RD) // weight.shape[0]))
+    default = _default(-(-len(x_RD) // weight.shape[0]), amd=torch.version.hip is not None)
     settings = tuning.settings_for("quantised_grouped_gemm", _shape_class(x_RD, weight), default)
     _launch(y_RN, x_RD.contiguous(), weight, offsets_E1.contiguous(), settings)
     return y_RN
@@ -307,12 +310,13 @@ def _shape_class(x_RD: Tensor, weight: QuantisedWeight) -> tuple[object, ...]:
     return (x_RD.dtype, weight.bits, weight.group, *weight.shape, tuning.bucket(len(x_RD)))
 
 
-def _default(rows_an_expert: int) -> tuning.Settings:
+def _default(rows_an_expert: int, *, amd: bool) -> tuning.Settings:
     """Few rows: narrow tiles, so that many programs read weights at once. Many rows: wide ones that use them again."""
+    stages = 2 if amd else 4  # four buffers of a wide tile are more than the 64 KiB that AMD's chips have
     rows = next((tile for tile in _ROW_TILES if rows_an_expert <= tile), _ROW_TILES[-1])
     if rows <= 32:
-        return {"BLOCK_R": rows, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_R": rows, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+        return {"BLOCK_R": rows, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK_R": rows, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
 
 
 def _constants(bits: int, group: int, width: int, experts: int, dtype: torch.dtype, most_k: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import MAX_WIDTH, Rows, backward_tile, candidates, check_floats, forward_tile, programs
 from deepseek_ray.kernels.tuning import Settings, settings_for, tune
 
@@ -81,7 +81,7 @@ def rms_norm(
     return rows.shaped(y_MN) if residual is None else (rows.shaped(y_MN), rows.shaped(h_MN))
 
 
-@torch.library.custom_op("deepseek_ray::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _forward_op(
     x_MN: Tensor, weight_N: Tensor, eps: float, residual_MN: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +109,7 @@ def _(x_MN: Tensor, weight_N: Tensor, eps: float, residual_MN: Tensor | None) ->
     return torch.empty_like(x_MN), h_MN, x_MN.new_empty(x_MN.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("deepseek_ray::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _backward_op(
     h_MN: Tensor, weight_N: Tensor, rstd_M: Tensor, dy_MN: Tensor, dh_MN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -239,30 +239,30 @@ def aot_variants() -> list[Variant]:
         for width in (128, 2048, 4096, 7168, MAX_WIDTH)
         for has in (False, True)
         for variant in (_forward_variant(width, has), _backward_variant(width, has))
-    ]
+    ] + [_forward_variant(MAX_WIDTH, True, torch.float32), _backward_variant(MAX_WIDTH, True, torch.float32)]
 
 
-def _forward_variant(width: int, has_residual: bool) -> Variant:
-    settings = _forward_settings(torch.bfloat16, width)
+def _forward_variant(width: int, has_residual: bool, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    settings, kind = _forward_settings(dtype, width), "fp32" if dtype == torch.float32 else "bf16"
     half = ("x_ptr", "w_ptr", "y_ptr", "h_ptr", *(("residual_ptr",) if has_residual else ()))
     sizes = {"rstd_ptr": "*fp32", "num_rows": "i32", "width": "i32", "eps": "fp32"}
     constants = {"HAS_RESIDUAL": has_residual, "BLOCK_M": settings["BLOCK_M"], "BLOCK_N": settings["BLOCK_N"]}
     return Variant(
-        "rms_norm", _forward, {**dict.fromkeys(half, "*bf16"), **sizes},
+        "rms_norm", _forward, {**dict.fromkeys(half, f"*{kind}"), **sizes},
         constants if has_residual else {"residual_ptr": None, **constants},
         aligned=("num_rows", "width"), options={"num_warps": settings["num_warps"]},
-        label=f"bf16 N{width}{' residual' if has_residual else ''}",
+        label=f"{kind} N{width}{' residual' if has_residual else ''}",
     )  # fmt: skip
 
 
-def _backward_variant(width: int, has_dh: bool) -> Variant:
-    settings = _backward_settings(torch.bfloat16, width)
+def _backward_variant(width: int, has_dh: bool, dtype: torch.dtype = torch.bfloat16) -> Variant:
+    settings, kind = _backward_settings(dtype, width), "fp32" if dtype == torch.float32 else "bf16"
     half = ("h_ptr", "w_ptr", "dy_ptr", "dx_ptr", *(("dh_ptr",) if has_dh else ()))
     sizes = {"rstd_ptr": "*fp32", "dw_ptr": "*fp32", "num_rows": "i32", "width": "i32", "num_steps": "i32"}
     constants = {"HAS_DH": has_dh, "BLOCK_M": settings["BLOCK_M"], "BLOCK_N": settings["BLOCK_N"]}
     return Variant(
-        "rms_norm", _backward, {**dict.fromkeys(half, "*bf16"), **sizes},
+        "rms_norm", _backward, {**dict.fromkeys(half, f"*{kind}"), **sizes},
         constants if has_dh else {"dh_ptr": None, **constants},
         aligned=("num_rows", "width"), options={"num_warps": settings["num_warps"]},
-        label=f"bf16 N{width} backward{' residual' if has_dh else ''}",
+        label=f"{kind} N{width} backward{' residual' if has_dh else ''}",
     )  # fmt: skip

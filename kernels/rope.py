@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import check_floats
 from deepseek_ray.kernels.tuning import Settings, bucket, settings_for, tune_op
 
@@ -92,7 +92,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("deepseek_ray::rope", mutates_args=())
+@operator("rope")
 def _op(
     query_BHSP: Tensor, key_BGSP: Tensor, wave_LW2: Tensor, position: Tensor | None, back: bool
 ) -> tuple[Tensor, Tensor]:

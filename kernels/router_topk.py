@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import MAX_WIDTH, check_floats
 from deepseek_ray.kernels.tuning import Settings, bucket, settings_for, tune_op
 
@@ -120,7 +120,7 @@ def _check_numbers(num_experts: int, top_k: int, score: str, num_groups: int, to
         raise ValueError(f"top_k = {top_k} must be in 1..{allowed}, the experts that a token may choose from")
 
 
-@torch.library.custom_op("deepseek_ray::router_topk", mutates_args=())
+@operator("router_topk")
 def _forward_op(
     logit_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, normalise: bool, scale: float,
     num_groups: int, top_groups: int, scores: bool,
@@ -153,7 +153,7 @@ def _(
     )
 
 
-@torch.library.custom_op("deepseek_ray::router_topk_backward", mutates_args=())
+@operator("router_topk_backward")
 def _backward_op(
     logit_TE: Tensor, index_TK: Tensor, dweight_TK: Tensor, dscore_TE: Tensor | None, sigmoid: bool, normalise: bool,
     scale: float,

@@ -151,13 +151,19 @@ def _flex_serves(query_BHSP: Tensor) -> bool:
 
 def _flex(query_BHSP: Tensor, key_BGSP: Tensor, value_BGSP: Tensor, window: int, scale: float | None) -> Tensor:
     length, device = query_BHSP.shape[2], query_BHSP.device
-    # inside a graph that is being compiled the caches would only be traced through
+    # Inside a graph that is being compiled the caches would only be traced through; a mask made while a CUDA graph is
+    # recorded holds nothing before a replay, and one that is kept may be dropped before the graph is.
     compiling = torch.compiler.is_compiling()
     attend: Any = flex_attention if compiling else _compiled_flex()
-    mask = window_blocks(length, window, device) if compiling else _kept_blocks(length, window, device)
+    fresh = compiling or _recording(device)
+    mask = (window_blocks if fresh else _kept_blocks)(length, window, device)
     mixed_BHSP = attend(query_BHSP, key_BGSP, value_BGSP, block_mask=mask, scale=scale, enable_gqa=True)
     assert isinstance(mixed_BHSP, Tensor)
     return mixed_BHSP
+
+
+def _recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _listed(block_QK: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +172,10 @@ def _listed(block_QK: Tensor) -> tuple[Tensor, Tensor]:
     return block_QK.sum(-1, dtype=torch.int32)[None, None], order_QK.to(torch.int32)[None, None]
 
 
-_kept_blocks = lru_cache(maxsize=16)(window_blocks)
+@lru_cache(maxsize=16)
+def _kept_blocks(length: int, window: int, device: torch.device) -> BlockMask:
+    with torch.inference_mode(False):  # training will want it too
+        return window_blocks(length, window, device)
 
 
 @cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_ray.kernels.aot import Variant
-from deepseek_ray.kernels.dispatch import use_triton
+from deepseek_ray.kernels.dispatch import operator, use_triton
 from deepseek_ray.kernels.rows import Rows, check_floats
 from deepseek_ray.kernels.tuning import Settings, bucket, settings_for, tune_op
 
@@ -60,7 +60,7 @@ def swiglu(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("deepseek_ray::swiglu", mutates_args=())
+@operator("swiglu")
 def _forward_op(x_M2I: Tensor) -> Tensor:
     num_rows, half = x_M2I.shape[0], x_M2I.shape[1] // 2
     y_MI = torch.empty(num_rows, half, dtype=x_M2I.dtype, device=x_M2I.device)
@@ -74,7 +74,7 @@ def _(x_M2I: Tensor) -> Tensor:
     return x_M2I.new_empty(x_M2I.shape[0], x_M2I.shape[1] // 2)
 
 
-@torch.library.custom_op("deepseek_ray::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _backward_op(x_M2I: Tensor, dy_MI: Tensor) -> Tensor:
     num_rows, half = dy_MI.shape
     dx_M2I = torch.empty_like(x_M2I)

@@ -46,10 +46,13 @@ class SpreadModel:
         layers = local_layers(config, mesh.rank("pp") if mesh else 0)
         self.parts = {stage: self._make(numbers, dtype) for stage, numbers in layers.items()}
         self.loss_scale = 1.0
+        language = config.backbone.head == "language"
+        self.fused = language and use_triton(torch.empty(1, dtype=self.compute, device=device))
+        """Whether the head computes losses without logits."""
         self.pipeline: Pipeline | None = None
         if config.parallel.pp > 1:
             assert mesh is not None
-            self.pipeline = Pipeline(self.parts, config, mesh, device, self.compute, self._loss)
+            self.pipeline = Pipeline(self.parts, config, mesh, device, self.compute, self._loss, fused=self.fused)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights here, sharded, by their name in the whole model."""
@@ -83,24 +86,22 @@ class SpreadModel:
         (model,) = self.parts.values()
         count = num_micro_batches(self.config)
         losses = []
-        fused = self.config.backbone.head == "language" and self.config.parallel.tp == 1
-        fused = fused and use_triton(torch.empty(1, dtype=self.compute, device=self.device))
         for number, (rows, goal) in enumerate(zip(x.chunk(count), target.chunk(count), strict=True)):
             if isinstance(model, FSDPModule):  # gradients cross processes once a step
                 model.set_is_last_backward(number == count - 1)
                 model.set_requires_gradient_sync(number == count - 1)
             with nullcontext() if self.mesh else shard.computing_in(model, self.compute):
                 extra = {k: v.chunk(count)[number] for k, v in keys.items()}
-                if fused:
-                    loss = self._share(model(rows, target_BS=goal, **extra))
-                else:
-                    loss = self._loss(model(rows, **extra), goal)
+                extra |= {"target_BS": goal} if self.fused else {}
+                loss = self._loss(model(rows, **extra), goal)
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss)
         return losses
 
     def _loss(self, logit: Tensor, target: Tensor) -> Tensor:
-        """A micro-batch's share of the global mean loss, scaled."""
+        """A micro-batch's share of the global mean loss, scaled; fused, the model's output is the losses already."""
+        if self.fused:
+            return self._share(logit)
         tp, pooled = self.config.parallel.tp, self.config.backbone.head == "classification"
         split = self.mesh.group("tp") if self.mesh and tp > 1 and not pooled else None
         each = tensor.cross_entropy(logit.flatten(0, -2), target.flatten(), split)

@@ -38,18 +38,19 @@ class Pipeline:
         device: of the parts.
         dtype: of hidden states between stages.
         loss: (output, target) -> scalar, of one micro-batch.
+        fused: the last stage gets the targets and returns losses, not logits.
     """
 
     def __init__(
         self, parts: dict[int, Backbone], config: MoEConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype,
-        loss: Any,
+        loss: Any, *, fused: bool,
     ) -> None:  # fmt: skip
         total = num_stages(config.parallel)
         stages = []
         for stage, part in parts.items():
             shapes: dict[str, Any] = {
                 "input_args": _input(config, stage, dtype),
-                "output_args": _output(config, stage, total, dtype),
+                "output_args": _output(config, stage, total, dtype, fused=fused),
             }
             stages.append(PipelineStage(part, stage, total, device, group=mesh.group("pp"), **shapes))
         kind = get_schedule_class(config.parallel.schedule)
@@ -57,6 +58,7 @@ class Pipeline:
         chosen: Any = stages[0] if single else stages
         # gradients are summed: the loss is already its share of the global mean
         self.schedule = kind(chosen, n_microbatches=num_micro_batches(config), loss_fn=loss, scale_grads=False)
+        self.fused = fused
         self.has_first, self.has_last = 0 in parts, total - 1 in parts
 
     def step(self, x: Tensor, target: Tensor, keys: dict[str, Tensor]) -> list[Tensor]:
@@ -64,6 +66,8 @@ class Pipeline:
         losses: list[Tensor] = []
         inputs = (x,) if self.has_first else ()
         goal: dict[str, Any] = {"target": target, "losses": losses} if self.has_last else {}
+        if self.has_last and self.fused:
+            keys = {**keys, "target_BS": target}
         self.schedule.step(*inputs, return_outputs=False, **goal, **keys)
         return losses
 
@@ -80,11 +84,14 @@ def _input(config: MoEConfig, stage: int, dtype: torch.dtype) -> Tensor:
     return example_input(config.backbone, config.step.micro_batch_size, config.corpus.seq_len, dtype)
 
 
-def _output(config: MoEConfig, stage: int, total: int, dtype: torch.dtype) -> Tensor:
+def _output(config: MoEConfig, stage: int, total: int, dtype: torch.dtype, *, fused: bool) -> Tensor:
     if stage < total - 1:
         return _hidden(config, dtype)
     shape, rows = config.backbone, config.step.micro_batch_size
     if shape.head == "classification":
         return torch.empty(rows, shape.num_classes, dtype=dtype, device="meta", requires_grad=True)
+    if fused:
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.empty(rows, config.corpus.seq_len, dtype=wide, device="meta", requires_grad=True)
     columns = shape.vocab_size // config.parallel.tp
     return torch.empty(rows, config.corpus.seq_len, columns, dtype=dtype, device="meta", requires_grad=True)

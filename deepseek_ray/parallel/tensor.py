@@ -9,6 +9,7 @@ Legend: B samples, S positions, D model width, V vocabulary, N = B * S tokens.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from deepseek_ray.kernels.linear_cross_entropy import linear_lse
 from deepseek_ray.models.adapters import TokenAdapter
 from deepseek_ray.models.backbone import Block
 from deepseek_ray.models.heads.sequence import SequenceHead
@@ -79,8 +81,16 @@ def split_block(block: Block, mesh: DeviceMesh) -> None:
 
 
 def split_head(head: SequenceHead, mesh: DeviceMesh) -> None:
-    """The head's last map sees the whole sequence."""
+    """The head's last map sees the whole sequence; its loss joins what each process finds in its part of V."""
     head.logits.register_forward_pre_hook(lambda _, inputs: (gather_sequence(inputs[0], mesh),))
+    head.loss = partial(_split_loss, mesh=mesh)
+
+
+def _split_loss(h_BSD: Tensor, weight_VD: Tensor, target_BS: Tensor, mesh: DeviceMesh) -> Tensor:
+    first = mesh.get_local_rank() * len(weight_VD)
+    lse_BS, aim_BS = linear_lse(gather_sequence(h_BSD, mesh), weight_VD, target_BS - first)
+    loss_BS: Tensor = _JoinedCrossEntropy.apply(lse_BS, aim_BS, mesh.get_group())  # type: ignore[no-untyped-call]
+    return loss_BS
 
 
 def gather_sequence(x_BSD: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -122,33 +132,33 @@ def cross_entropy(logit_NV: Tensor, target_N: Tensor, group: dist.ProcessGroup |
     wide_NV = logit_NV.to(torch.promote_types(logit_NV.dtype, torch.float32))
     if group is None:
         return nn.functional.cross_entropy(wide_NV, target_N, reduction="none")
-    loss_N: Tensor = _SplitCrossEntropy.apply(wide_NV, target_N, group)  # type: ignore[no-untyped-call]
+    column_N = target_N - dist.get_rank(group) * logit_NV.shape[-1]
+    here_N = (column_N >= 0) & (column_N < logit_NV.shape[-1])
+    aim_N = wide_NV.gather(-1, column_N.where(here_N, 0)[:, None]).squeeze(-1) * here_N
+    loss_N: Tensor = _JoinedCrossEntropy.apply(wide_NV.logsumexp(-1), aim_N, group)  # type: ignore[no-untyped-call]
     return loss_N
 
 
-class _SplitCrossEntropy(torch.autograd.Function):
-    """Cross-entropy without gathering logits (Shoeybi et al. 2019, arXiv:1909.08053, section 3)."""
+class _JoinedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of parts of a vocabulary, without their logits (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+
+    Each process gives the log-sum-exp of its logits, and the target's logit where it is among them, else 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logit_NV: Tensor, target_N: Tensor, group: dist.ProcessGroup) -> Tensor:
-        top_N = logit_NV.max(-1).values
-        dist.all_reduce(top_N, dist.ReduceOp.MAX, group=group)
-        power_NV = (logit_NV - top_N[:, None]).exp()
-        column_N = target_N - dist.get_rank(group) * logit_NV.shape[-1]
-        here_N = (column_N >= 0) & (column_N < logit_NV.shape[-1])
-        column_N = column_N.where(here_N, 0)
-        aim_N = (logit_NV.gather(-1, column_N[:, None]).squeeze(-1) - top_N) * here_N
-        sums_2N = torch.stack([power_NV.sum(-1), aim_N])
-        dist.all_reduce(sums_2N, group=group)
-        ctx.save_for_backward(power_NV / sums_2N[0, :, None], column_N, here_N)
-        return sums_2N[0].log() - sums_2N[1]
+    def forward(ctx: Any, lse: Tensor, aim: Tensor, group: dist.ProcessGroup) -> Tensor:
+        top = lse.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        sums = torch.stack([(lse - top).exp(), aim])
+        dist.all_reduce(sums, group=group)
+        whole = top + sums[0].log()
+        ctx.save_for_backward((lse - whole).exp())
+        return whole - sums[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        share_NV, column_N, here_N = ctx.saved_tensors
-        slope_NV = share_NV.clone()
-        slope_NV[torch.arange(len(column_N), device=column_N.device), column_N] -= here_N.to(slope_NV.dtype)
-        return slope_NV * grads[0][:, None], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return grads[0] * share, -grads[0], None
 
 
 def _full_name(root: nn.Module, owner: nn.Module, name: str) -> str:

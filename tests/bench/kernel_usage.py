@@ -39,8 +39,8 @@ def modules() -> list[str]:
 
 
 def rows_of(module: str) -> list[Row]:
-    """The variants of one module, compiled for every target; what does not compile has no figures but its error."""
-    return [_row(variant, target) for variant in _module(module).aot_variants() for target in aot.TARGETS]
+    """The variants of one module, compiled for their targets; what does not compile has no figures but its error."""
+    return [_row(variant, target) for variant in _module(module).aot_variants() for target in variant.targets]
 
 
 def measure() -> list[Row]:

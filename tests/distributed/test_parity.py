@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from deepseek_ray.config_moe import StepConfig
 from deepseek_ray.errors import ConfigError
+from deepseek_ray.parallel import apply
+from deepseek_ray.parallel.apply import SpreadModel
 from deepseek_ray.parallel.mesh import check_mesh
 from deepseek_ray.presets_moe import load_moe_preset
 from deepseek_ray.train import callbacks
@@ -30,6 +34,21 @@ def test_every_axis_alone(mesh: str) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_under_data_and_expert_parallelism(schedule: str) -> None:
     result = compare("pp=2,dp_shard=2,ep=2", schedule)
+    assert result.passed, result.plain()
+
+
+@pytest.mark.parametrize(("mesh", "schedule"), [("pp=2,tp=2", "ZBVZeroBubble"), ("dp_shard=2,tp=2", "1F1B")])
+def test_the_loss_without_logits(mesh: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = SpreadModel.__init__
+
+    def on_a_mesh(self: SpreadModel, *args: Any, **options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(apply, "use_triton", lambda _: torch.distributed.is_initialized())
+            init(self, *args, **options)
+        assert self.fused == torch.distributed.is_initialized()
+
+    monkeypatch.setattr(SpreadModel, "__init__", on_a_mesh)
+    result = compare(mesh, schedule)
     assert result.passed, result.plain()
 
 

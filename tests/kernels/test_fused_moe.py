@@ -212,6 +212,36 @@ def test_high_tiles(
     compare(found, made)
 
 
+@pytest.mark.parametrize("default", [grouped_gemm.WIDE, grouped_gemm.PAIRED, grouped_gemm.OUTER, moe_swiglu.UP])
+def test_the_largest_tiles_are_for_what_has_room_for_them(default: tuning.Settings) -> None:
+    def tile(dtype: torch.dtype = torch.bfloat16, *, roomy: bool = True, even: bool = True) -> tuning.Settings:
+        return grouped_gemm.tile_of(default, grouped_gemm.Kind("", (), dtype, roomy, even))
+
+    assert tile() == default
+    for other in (tile(roomy=False), tile(even=False), tile(torch.float32)):
+        assert other["BLOCK_N"] <= default["BLOCK_N"] // 2
+        assert not other.get("TMA")
+        assert other.keys() == default.keys()  # outer products know no TMA
+
+
+@pytest.mark.parametrize(("engine", "room", "roomy"), [(True, 232448, True), (True, 101376, False), (False, 0, False)])
+def test_a_consumer_chip_with_a_copy_engine_has_no_room(
+    engine: bool, room: int, roomy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_gemm, "copy_engine", lambda device: engine)
+    monkeypatch.setattr(grouped_gemm, "shared_bytes", lambda device: room)
+    assert grouped_gemm.roomy(torch.device("cuda", 0)) == roomy
+    found = [grouped_gemm.for_launch(grouped_gemm.WIDE, torch.zeros(1).half(), size, 64) for size in (64, 72)]
+    assert (found[0] == grouped_gemm.WIDE) == roomy
+    assert found[1]["BLOCK_N"] == 64  # 72 is no multiple of 16
+
+
+@needs_kernels
+def test_one_expert_is_described_by_its_shape() -> None:
+    weight_ERC = torch.empty_strided((1, 8, 16), (7, 16, 1))  # contiguous: nobody walks the first stride
+    assert grouped_gemm.describe(weight_ERC, 1, 8, 16).strides == [128, 16, 1]
+
+
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # rows of others, not stored
 @pytest.mark.parametrize(("width", "hidden"), [(40, 24), (48, 32)])
@@ -219,6 +249,8 @@ def test_tiles_from_the_copy_engine(
     width: int, hidden: int, kernels: None, small_tiles: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grouped_gemm, "copy_engine", lambda device: True)
+    monkeypatch.setattr(grouped_gemm, "roomy", lambda device: True)
+    monkeypatch.setattr(grouped_gemm, "tile_of", lambda default, kind: default)
     made = layer(9, 2, 3, width, hidden, torch.float16, "elsewhere")
     with guarded(monkeypatch):
         found = run(fused_moe.fused_moe, made)

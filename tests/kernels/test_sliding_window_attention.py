@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,6 +169,38 @@ def test_flex_attention_gets_the_right_mask(monkeypatch: pytest.MonkeyPatch) -> 
     for window in (5, 200):
         found = sliding_window_attention(*inputs, window, scale=0.2)
         assert_near(found, sliding_window_attention_ref(*inputs, window, scale=0.2), 1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="stands in for the compiled kernel of a GPU")
+def test_twelve_masks_stay_below_the_limit_of_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window or a length becomes a variable of the kernel when it changes: no kernel a mask."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter)
+    monkeypatch.setattr(op, "_flex_serves", lambda _: True)
+    monkeypatch.setattr(op, "_compiled_flex", lambda: compiled)
+    for number in range(12):
+        inputs = tuple(one.detach() for one in make(300 + 50 * (number % 4), batch=1, width=16, dtype=torch.float32))
+        sliding_window_attention(*inputs, 5 + 23 * number)
+    assert 1 <= counter.frame_count <= 3
+    assert torch._dynamo.config.recompile_limit >= 8
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.skipif(DEVICE == "cuda", reason="stands in for the compiled kernel of a GPU")
+def test_masks_that_are_kept_serve_training_and_outlive_no_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_flex_serves", lambda _: True)
+    monkeypatch.setattr(op, "_compiled_flex", lambda: flex_attention)
+    op._kept_blocks.cache_clear()
+    inputs = tuple(one.detach() for one in make(300, batch=1, width=16, dtype=torch.float32))
+    with monkeypatch.context() as recording:
+        recording.setattr(op, "_recording", lambda _: True)
+        sliding_window_attention(*inputs, 5)
+    assert op._kept_blocks.cache_info().currsize == 0
+    with torch.inference_mode():
+        sliding_window_attention(*inputs, 5)
+    assert op._kept_blocks.cache_info().currsize == 1
+    assert not op._kept_blocks(300, 5, CPU).kv_indices.is_inference()
 
 
 def test_it_can_be_compiled_and_runs_on_meta() -> None:

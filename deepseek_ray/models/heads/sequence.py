@@ -5,6 +5,9 @@ Legend: B sequences, S positions, D model width, V vocabulary or classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from deepseek_ray.config_moe import BackboneConfig
@@ -13,12 +16,17 @@ from deepseek_ray.models.layers import Linear, RMSNorm, local
 
 
 class SequenceHead(nn.Module):
-    """Normalise, pool where the answer is one a sequence, map to logits."""
+    """Normalise, pool where the answer is one a sequence, map to logits.
+
+    ``loss`` is (hidden states, this process's rows of the last weight, targets) -> (B, S); whoever spreads the
+    vocabulary replaces it.
+    """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.pool = config.head == "classification"
         self.norm = RMSNorm(config.d_model)
+        self.loss: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(linear_cross_entropy, reduction="none")
         self.logits = Logits(config.d_model, config.num_classes if self.pool else config.vocab_size, pool=self.pool)
 
     def forward(self, x_BSD: Tensor, target_BS: Tensor | None = None) -> Tensor:
@@ -26,7 +34,7 @@ class SequenceHead(nn.Module):
         h_BSD = self.norm(x_BSD)
         if target_BS is not None:
             weight_VD = local(self.logits.project.weight_OD)
-            return linear_cross_entropy(h_BSD, weight_VD, target_BS, reduction="none")
+            return self.loss(h_BSD, weight_VD, target_BS)
         y: Tensor = self.logits(h_BSD)
         return y
 
