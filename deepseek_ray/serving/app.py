@@ -1,20 +1,16 @@
-"""The HTTP face of the risk service: plain ASGI, no framework on the hot route, no Ray.
-
-Every route but the health ones asks for the API key; every error is a problem body (RFC 9457).
-"""
+"""The HTTP face of the risk service."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError, ServingError
-from deepseek_ray.logs import get_logger
-from deepseek_ray.serving import openapi, problem, wire
+from deepseek_ray.errors import OverloadedError, ServingError
+from deepseek_ray.serving import openapi, wire
+from deepseek_ray.serving.asgi import AsgiApp, Receive, Response, Routes, Scope, json_response, read_body
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.commands import (
@@ -28,26 +24,6 @@ from deepseek_ray.serving.commands import (
     ThresholdCommand,
 )
 from deepseek_ray.serving.monitor import Monitor
-
-logger = get_logger(__name__)
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Headers = Iterable[tuple[bytes, bytes]]
-
-JSON = b"application/json"
-
-
-@dataclass(frozen=True)
-class Response:
-    """Status, body and headers of an answer."""
-
-    status: int
-    body: bytes
-    content_type: bytes = JSON
-    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,67 +48,24 @@ class Service:
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
 
 
-Handler = Callable[[Scope, Receive], Awaitable[Response]]
-
-
-class RiskApp:
+class RiskApp(AsgiApp):
     """ASGI application of the risk service."""
 
     def __init__(self, service: Service, key: ApiKey) -> None:
         self._service = service
-        self._key = key
-        self._routes: dict[str, dict[str, Handler]] = {
+        routes: Routes = {
             "/v1/risk/score": {"POST": self._score},
             "/v1/risk/feedback": {"POST": self._feedback},
             "/v1/risk/threshold": {"POST": self._threshold},
             "/v1/risk/model": {"GET": self._model},
-            "/healthz": {"GET": self._healthz},
             "/readyz": {"GET": self._readyz},
-            "/metrics": {"GET": self._metrics},
-            "/openapi.json": {"GET": self._openapi},
-            "/docs": {"GET": self._docs},
         }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request, or the server's start and stop."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-            return
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1003})
-            return
-        start = time.perf_counter()
-        path = scope["path"]
-        response = await self._respond(scope, receive, path)
-        await _send(send, response)
-        route = path if path in self._routes else "other"
-        self._service.monitor.requests.labels(route, str(response.status)).inc()
-        self._service.monitor.latency.labels(route).observe(time.perf_counter() - start)
-
-    async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:
-        try:
-            if path not in openapi.OPEN_ROUTES:
-                self._key.check(scope["headers"])
-            return await self._find(path, scope["method"])(scope, receive)
-        except Exception as error:
-            if not isinstance(error, DeepseekRayError):
-                logger.exception("request to %s failed", path if path in self._routes else "an unknown path")
-            return _problem(error)
-
-    def _find(self, path: str, method: str) -> Handler:
-        methods = self._routes.get(path)
-        if methods is None:
-            detail = f"There is no route {path[:80]!r}."
-            raise RequestError(detail, status=404, kind="unknown-route", fix="see /docs for the routes")
-        if method not in methods:
-            allowed = ", ".join(methods)
-            raise RequestError(f"{path} does not take {method}.", status=405, kind="wrong-method", fix=f"use {allowed}")
-        return methods[method]
+        super().__init__(routes, key, service.monitor, document=openapi.document, shutdown=service.shutdown)
 
     async def _score(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         service = self._service
-        body = await _read(scope, receive, service.max_body_bytes)
+        body = await read_body(scope, receive, service.max_body_bytes)
         events, many = wire.parse_transactions(body, service.limits, service.now_us())
         result = await service.batcher.submit(ScoreCommand(events, received_s), weight=len(events))
         assert isinstance(result, ScoreResult)
@@ -142,23 +75,20 @@ class RiskApp:
 
     async def _feedback(self, scope: Scope, receive: Receive) -> Response:
         service = self._service
-        body = await _read(scope, receive, service.max_body_bytes)
+        body = await read_body(scope, receive, service.max_body_bytes)
         items, _ = wire.parse_feedback(body, service.limits, service.now_us())
         result = await service.batcher.submit(FeedbackCommand(items), weight=len(items))
         assert isinstance(result, FeedbackResult)
-        return _json({"accepted": result.accepted, "repeated": result.repeated})
+        return json_response({"accepted": result.accepted, "repeated": result.repeated})
 
     async def _threshold(self, scope: Scope, receive: Receive) -> Response:
-        change = wire.parse_threshold(await _read(scope, receive, self._service.max_body_bytes))
+        change = wire.parse_threshold(await read_body(scope, receive, self._service.max_body_bytes))
         live = await self._service.batcher.submit(ThresholdCommand(change.threshold, change.model_version))
         assert isinstance(live, LiveModel)
-        return _json(_describe(live, self._service.refused()))
+        return json_response(_describe(live, self._service.refused()))
 
     async def _model(self, scope: Scope, receive: Receive) -> Response:
-        return _json(_describe(self._service.live(), self._service.refused()))
-
-    async def _healthz(self, scope: Scope, receive: Receive) -> Response:
-        return _json({"status": "alive"})
+        return json_response(_describe(self._service.live(), self._service.refused()))
 
     async def _readyz(self, scope: Scope, receive: Receive) -> Response:
         if not self._service.healthy():
@@ -169,53 +99,7 @@ class RiskApp:
                 "Feature state waits to be written to its store.",
                 fix="see the service's log; free space or restart the store",
             )
-        return _json({"status": "ready", "model_version": self._service.live().version})
-
-    async def _metrics(self, scope: Scope, receive: Receive) -> Response:
-        monitor = self._service.monitor
-        return Response(200, monitor.render(), monitor.content_type.encode())
-
-    async def _openapi(self, scope: Scope, receive: Receive) -> Response:
-        return _json(openapi.document())
-
-    async def _docs(self, scope: Scope, receive: Receive) -> Response:
-        return Response(200, openapi.page().encode("utf-8"), b"text/html; charset=utf-8")
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.shutdown":
-                self._service.shutdown()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
-            await send({"type": "lifespan.startup.complete"})
-
-
-async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(int(declared), limit)
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RequestError("The client closed the connection.", status=400, kind="disconnected")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise _too_large(size, limit)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_large(size: int, limit: int) -> RequestError:
-    return RequestError(
-        f"The body has at least {size} bytes; at most {limit} are taken.",
-        status=413,
-        kind="body-too-large",
-        fix="send fewer records a request, or raise serving.max_body_bytes",
-    )
+        return json_response({"status": "ready", "model_version": self._service.live().version})
 
 
 def _describe(live: LiveModel, refused: str) -> dict[str, Any]:
@@ -234,19 +118,3 @@ def _describe(live: LiveModel, refused: str) -> dict[str, Any]:
 def _iso(time_us: int) -> str:
     seconds, micros = divmod(time_us, 1_000_000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{micros:06d}Z"
-
-
-def _json(value: dict[str, Any]) -> Response:
-    return Response(200, json.dumps(value, allow_nan=False).encode("utf-8"))
-
-
-def _problem(error: Exception) -> Response:
-    status, body = problem.to_problem(error)
-    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status)))
-
-
-async def _send(send: Send, response: Response) -> None:
-    length = str(len(response.body)).encode()
-    headers = [(b"content-type", response.content_type), (b"content-length", length), *response.headers]
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body})

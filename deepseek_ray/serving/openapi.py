@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -111,16 +112,16 @@ def _problem(code: str) -> dict[str, Any]:
     return {"description": _PROBLEMS[code], "content": {"application/problem+json": {"schema": _ref("Problem")}}}
 
 
-@cache
-def page() -> str:
-    """The description as one HTML page without scripts or foreign resources."""
-    routes = [_route_html(path, *entry) for path, item in document()["paths"].items() for entry in item.items()]
-    schemas = [_folded(name, schema) for name, schema in document()["components"]["schemas"].items()]
+def page(described: Mapping[str, Any]) -> str:
+    """An OpenAPI document as one HTML page without scripts or foreign resources."""
+    title = html.escape(described["info"]["title"])
+    routes = [_route_html(path, *entry) for path, item in described["paths"].items() for entry in item.items()]
+    schemas = [_folded(name, schema) for name, schema in described["components"]["schemas"].items()]
     return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>deepseek_ray risk service</title><style>"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>"
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
         "pre{background:#f4f4f4;padding:.7rem;overflow:auto}code{background:#f4f4f4}td{padding:.1rem .8rem .1rem 0}"
-        "</style></head><body><h1>deepseek_ray risk service</h1><p>Send the API key as <code>X-API-Key</code> or "
+        f"</style></head><body><h1>{title}</h1><p>Send the API key as <code>X-API-Key</code> or "
         "<code>Authorization: Bearer</code>. The same as data: <a href='/openapi.json'>openapi.json</a>.</p>"
         f"{''.join(routes)}<h2>Records</h2>{''.join(schemas)}</body></html>"
     )

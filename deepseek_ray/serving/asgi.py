@@ -1,0 +1,180 @@
+"""What every HTTP face of ours shares: plain ASGI with routes, key, problem bodies and metrics; no framework, no Ray.
+
+Every route but the open ones asks for the API key; every error is a problem body (RFC 9457).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek_ray.errors import DeepseekRayError, RequestError
+from deepseek_ray.logs import get_logger
+from deepseek_ray.serving import openapi, problem
+from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.monitor import Monitor
+
+logger = get_logger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = b"application/json"
+
+
+@dataclass(frozen=True)
+class Response:
+    """Status, body and headers of an answer."""
+
+    status: int
+    body: bytes
+    content_type: bytes = JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+Handler = Callable[[Scope, Receive], Awaitable[Response]]
+Routes = Mapping[str, Mapping[str, Handler]]
+
+
+class AsgiApp:
+    """ASGI application over a table of routes.
+
+    Args:
+        routes: path -> method -> handler.
+        key: the API key.
+        monitor: where requests are counted and timed.
+        document: the OpenAPI document, shown as data and as a page.
+        shutdown: called once when the server stops.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        key: ApiKey,
+        monitor: Monitor,
+        *,
+        document: Callable[[], dict[str, Any]],
+        shutdown: Callable[[], None],
+    ) -> None:
+        self._routes: Routes = {
+            **routes,
+            "/healthz": {"GET": self._healthz},
+            "/metrics": {"GET": self._metrics},
+            "/openapi.json": {"GET": self._openapi},
+            "/docs": {"GET": self._docs},
+        }
+        self._key = key
+        self._monitor = monitor
+        self._document = document
+        self._shutdown = shutdown
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request, or the server's start and stop."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        start = time.perf_counter()
+        path = scope["path"]
+        response = await self._respond(scope, receive, path)
+        await _send(send, response)
+        route = path if path in self._routes else "other"
+        self._monitor.requests.labels(route, str(response.status)).inc()
+        self._monitor.latency.labels(route).observe(time.perf_counter() - start)
+
+    async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:
+        try:
+            if path not in openapi.OPEN_ROUTES:
+                self._key.check(scope["headers"])
+            return await self._find(path, scope["method"])(scope, receive)
+        except Exception as error:
+            if not isinstance(error, DeepseekRayError):
+                logger.exception("request to %s failed", path if path in self._routes else "an unknown path")
+            return _problem(error)
+
+    def _find(self, path: str, method: str) -> Handler:
+        methods = self._routes.get(path)
+        if methods is None:
+            detail = f"There is no route {path[:80]!r}."
+            raise RequestError(detail, status=404, kind="unknown-route", fix="see /docs for the routes")
+        if method not in methods:
+            allowed = ", ".join(methods)
+            raise RequestError(f"{path} does not take {method}.", status=405, kind="wrong-method", fix=f"use {allowed}")
+        return methods[method]
+
+    async def _healthz(self, scope: Scope, receive: Receive) -> Response:
+        return json_response({"status": "alive"})
+
+    async def _metrics(self, scope: Scope, receive: Receive) -> Response:
+        return Response(200, self._monitor.render(), self._monitor.content_type.encode())
+
+    async def _openapi(self, scope: Scope, receive: Receive) -> Response:
+        return json_response(self._document())
+
+    async def _docs(self, scope: Scope, receive: Receive) -> Response:
+        return Response(200, openapi.page(self._document()).encode("utf-8"), b"text/html; charset=utf-8")
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                self._shutdown()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+            await send({"type": "lifespan.startup.complete"})
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body of a request.
+
+    Raises:
+        RequestError: 413 more than ``limit`` bytes, 400 the client left.
+    """
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(int(declared), limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("The client closed the connection.", status=400, kind="disconnected")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(size, limit)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(size: int, limit: int) -> RequestError:
+    return RequestError(
+        f"The body has at least {size} bytes; at most {limit} are taken.",
+        status=413,
+        kind="body-too-large",
+        fix="send fewer records a request, or raise serving.max_body_bytes",
+    )
+
+
+def json_response(value: Mapping[str, Any]) -> Response:
+    """200 with a JSON object."""
+    return Response(200, json.dumps(value, allow_nan=False).encode("utf-8"))
+
+
+def _problem(error: Exception) -> Response:
+    status, body = problem.to_problem(error)
+    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status)))
+
+
+async def _send(send: Send, response: Response) -> None:
+    length = str(len(response.body)).encode()
+    headers = [(b"content-type", response.content_type), (b"content-length", length), *response.headers]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})
