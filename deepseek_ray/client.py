@@ -1,23 +1,37 @@
-"""A small asynchronous client of the risk service: keeps connections, names every failure.
+"""Clients of the services: connections are kept, every failure is a typed error.
 
-async with RiskClient("http://127.0.0.1:8000", api_key=key) as client:
+with Client("127.0.0.1:8000", timeout_s=0.1) as client:            # any service; gRPC first, else HTTP
+    answer = client.call("risk.score", {"transaction_id": ...})
+
+async with RiskClient("http://127.0.0.1:8000", api_key=key) as client:  # the risk service's records, over HTTP
     predictions = await client.score([transaction])
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import random
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
 import orjson
 
+from deepseek_ray.channels import Channel, GrpcChannel, HttpChannel, accepted, too_late, unreachable
 from deepseek_ray.data.events import Feedback, Prediction, Transaction
-from deepseek_ray.errors import EnvironmentProblemError, OverloadedError, RequestError, ServingError
+from deepseek_ray.errors import DeadlineError, EnvironmentProblemError, OverloadedError, UnreachableError
 
 DEFAULT_TIMEOUT_S = 30.0
+BACKOFF_S = 0.02
+"""Before the second retry of a call; doubled for each one after it, with jitter."""
+
+_IDEMPOTENT = re.compile(r"risk\.(score|feedback|model)|models[./].+")
+"""Calls that give the same answer when they are done twice: a transaction is scored once by its id, a label is taken
+once by its prediction's id, and a model server keeps nothing."""
 
 
 class RiskClient:
@@ -36,11 +50,8 @@ class RiskClient:
     def __init__(
         self, base_url: str, *, api_key: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, connections: int = 8
     ) -> None:
-        key = api_key or os.environ.get("DEEPSEEK_RAY_API_KEY", "")
-        if not key:
-            raise EnvironmentProblemError("No API key is given.", fix="set DEEPSEEK_RAY_API_KEY to the service's key")
         self._base_url = base_url.rstrip("/")
-        self._headers = {"X-API-Key": key, "Content-Type": "application/json"}
+        self._headers = {"X-API-Key": _key(api_key), "Content-Type": "application/json"}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
@@ -88,25 +99,174 @@ class RiskClient:
 
     async def _call(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         assert self._session is not None, "use 'async with RiskClient(...)'"
+        where = self._base_url + path
         try:
-            async with self._session.request(method, self._base_url + path, data=body) as response:
-                return _check(response.status, await response.read(), path)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServingError(
-                f"{self._base_url}{path} did not answer: {error!r}.", fix="see that the service runs"
-            ) from error
+            async with self._session.request(method, where, data=body) as response:
+                return dict(orjson.loads(accepted(response.status, await response.read(), path)))
+        except TimeoutError as error:
+            raise too_late(where, self._timeout.total or 0.0) from error
+        except aiohttp.ClientError as error:
+            raise unreachable(where, repr(error)) from error
 
 
-def _check(status: int, body: bytes, path: str) -> dict[str, Any]:
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        answer = {"detail": body[:200].decode(errors="replace")}
-    if status < 400:
-        return dict(answer)
-    detail = f"{path} answered {status}: {answer.get('detail', answer)}"
-    if status in (429, 503):
-        raise OverloadedError(detail, fix="send more slowly")
-    if status < 500:
-        raise RequestError(detail, status=status, kind=str(answer.get("type", "")), fix=str(answer.get("fix", "")))
-    raise ServingError(detail, fix="see the service's log")
+class Client:
+    """Calls any service: over gRPC while its connection stands, else over HTTP. Safe to share between threads.
+
+    The first call connects, within ``connect_timeout_s`` of its own; a deadline counts from then on. A call that is
+    idempotent is tried again, over the other way where there is one, as long as its deadline allows.
+
+    Args:
+        address: ``host:port`` that the service printed; it tells the port of gRPC itself. Also an ``http://`` or
+            ``https://`` address (the latter stays on HTTP), or the port of gRPC alone, which leaves no fallback.
+        api_key: key of the service; by default the environment variable DEEPSEEK_RAY_API_KEY.
+        timeout_s: deadline of a call, unless the call has its own.
+        connect_timeout_s: for finding the service and connecting.
+        retries: at most so many more attempts.
+
+    Raises:
+        EnvironmentProblemError: there is no key.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 1.0,
+        connect_timeout_s: float = 5.0,
+        retries: int = 3,
+    ) -> None:
+        self._url = address if "://" in address else f"http://{address}"
+        self._api_key = _key(api_key)
+        self._timeout_s, self._connect_timeout_s, self._retries = timeout_s, connect_timeout_s, retries
+        self._connecting = threading.Lock()
+        self._rpc: GrpcChannel | None = None
+        self._http: HttpChannel | None = None
+
+    def call(
+        self,
+        method: str,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        idempotent: bool | None = None,
+    ) -> dict[str, Any]:
+        """The answer to one call.
+
+        Args:
+            method: ``risk.score`` for ``/v1/risk/score``; with slashes where a name has a dot.
+            payload: what the HTTP route takes as its body.
+            timeout_s: deadline of this call, over all attempts.
+            idempotent: whether it may be sent again; known for the routes of this package.
+
+        Raises:
+            RequestError: the service refused (4xx); carries status, kind, field and fix.
+            OverloadedError: it is full or away; ``retry_after_s`` says when to come back.
+            DeadlineError: the deadline passed.
+            UnreachableError: there is no connection, or it broke.
+            ServingError: the service failed.
+        """
+        self.connect()
+        body = b"" if payload is None else orjson.dumps(dict(payload))
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        again = _IDEMPOTENT.fullmatch(method) is not None if idempotent is None else idempotent
+        return dict(orjson.loads(self._send(method, body, deadline, self._retries if again else 0)))
+
+    def connect(self) -> None:
+        """Find out how the service can be reached, and connect. Later calls come at once.
+
+        Raises:
+            UnreachableError: nothing answers at the address.
+        """
+        if self._http is not None or self._rpc is not None:
+            return
+        with self._connecting:
+            if self._http is None and self._rpc is None:
+                self._rpc, self._http = self._find()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        channels: tuple[Channel | None, ...] = (self._rpc, self._http)
+        self._rpc = self._http = None
+        for channel in channels:
+            if channel is not None:
+                channel.close()
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def transport(self) -> str:
+        """What the next call uses: ``grpc`` or ``http``."""
+        return "grpc" if isinstance(self._channel(), GrpcChannel) else "http"
+
+    def _channel(self) -> Channel:
+        rpc, http = self._rpc, self._http
+        chosen = rpc if rpc is not None and (rpc.ready or http is None) else http
+        if chosen is None:
+            raise UnreachableError(f"The client of {self._url} is not connected.", fix="call connect() first")
+        return chosen
+
+    def _other(self, broken: Channel) -> Channel:
+        """What to try after a break: the other way, if there is one and it stands."""
+        rpc, http = self._rpc, self._http
+        if broken is rpc:
+            return http or broken
+        return rpc if rpc is not None and rpc.ready else broken
+
+    def _send(self, method: str, body: bytes, deadline: float, retries: int) -> bytes:
+        channel = self._channel()
+        for attempt in range(retries + 1):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise too_late(f"{method} at {self._url}", self._timeout_s)
+            try:
+                return channel.send(method, body, left_s)
+            except (UnreachableError, OverloadedError) as error:
+                if isinstance(error, UnreachableError):
+                    channel = self._other(channel)
+                wait_s = error.retry_after_s if isinstance(error, OverloadedError) else _backoff(attempt)
+                if attempt == retries or time.monotonic() + wait_s >= deadline:
+                    raise
+                time.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _find(self) -> tuple[GrpcChannel | None, HttpChannel | None]:
+        end = time.monotonic() + self._connect_timeout_s
+        host = self._url.partition("://")[2].rpartition(":")[0]
+        http = HttpChannel(self._url, self._api_key)
+        try:
+            port = http.rpc_port(self._connect_timeout_s / 2)
+        except (UnreachableError, DeadlineError):
+            http.close()
+            return self._rpc_alone(end), None
+        if not port or self._url.startswith("https://"):
+            return None, http
+        rpc = GrpcChannel(f"{host}:{port}", self._api_key)
+        rpc.wait_ready(end - time.monotonic())
+        return rpc, http
+
+    def _rpc_alone(self, end: float) -> GrpcChannel:
+        """The address may be that of gRPC itself."""
+        rpc = GrpcChannel(self._url.partition("://")[2].rstrip("/"), self._api_key)
+        if not rpc.wait_ready(end - time.monotonic()):
+            rpc.close()
+            raise unreachable(self._url, "neither HTTP nor gRPC")
+        return rpc
+
+
+def _key(given: str | None) -> str:
+    key = given or os.environ.get("DEEPSEEK_RAY_API_KEY", "")
+    if not key:
+        raise EnvironmentProblemError("No API key is given.", fix="set DEEPSEEK_RAY_API_KEY to the service's key")
+    return key
+
+
+def _backoff(attempt: int) -> float:
+    return BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0) if attempt else 0.0

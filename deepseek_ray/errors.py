@@ -16,7 +16,9 @@
     │   └── ProtectedVersionError  the version stands behind an alias
     ├── ServingError           a request cannot be served
     │   ├── RequestError       the request is wrong (HTTP 4xx)
-    │   └── OverloadedError    the queue is full (HTTP 429)
+    │   ├── OverloadedError    the queue is full (HTTP 429)
+    │   ├── UnreachableError   no connection to the service, or it broke
+    │   └── DeadlineError      the caller's deadline passed before the answer
     └── EnvironmentProblemError  a port, disk, tool or credential is not usable
 
 Each message names the field, its present value and the fix. All of them pickle, because Ray
@@ -132,7 +134,21 @@ class RequestError(ServingError):
 
 
 class OverloadedError(ServingError):
-    """The request queue is full; retry later."""
+    """The request queue is full; retry later.
+
+    Attributes:
+        retry_after_s: when to come back.
+    """
+
+    retry_after_s: float = 1.0
+
+
+class UnreachableError(ServingError):
+    """There is no connection to the service, or it broke before the answer."""
+
+
+class DeadlineError(ServingError):
+    """The caller's deadline passed before the answer; the service may still have done what was asked."""
 
 
 class EnvironmentProblemError(DeepseekRayError):

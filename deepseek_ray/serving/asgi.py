@@ -1,6 +1,7 @@
 """What every HTTP face of ours shares: plain ASGI with routes, key, problem bodies and metrics; no framework, no Ray.
 
-Every route but the open ones asks for the API key; every error is a problem body (RFC 9457).
+Every route but the open ones asks for the API key; every error is a problem body (RFC 9457). A server of another
+protocol can stand beside: it starts and stops with the application and asks it through :meth:`AsgiApp.answer`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from deepseek_ray.errors import DeepseekRayError, RequestError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.serving import openapi, problem
 from deepseek_ray.serving.auth import ApiKey
-from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.monitor import HttpMonitor
 
 logger = get_logger(__name__)
 
@@ -41,8 +42,23 @@ Handler = Callable[[Scope, Receive], Awaitable[Response]]
 Routes = Mapping[str, Mapping[str, Handler]]
 
 
+class Beside(Protocol):
+    """A server of another protocol in front of the same routes."""
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 before it has started."""
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
 class AsgiApp:
     """ASGI application over a table of routes.
+
+    Attributes:
+        routes: path -> method -> handler.
+        beside: started and stopped with the application, None for none.
 
     Args:
         routes: path -> method -> handler.
@@ -56,18 +72,19 @@ class AsgiApp:
         self,
         routes: Routes,
         key: ApiKey,
-        monitor: Monitor,
+        monitor: HttpMonitor,
         *,
         document: Callable[[], dict[str, Any]],
         shutdown: Callable[[], None],
     ) -> None:
-        self._routes: Routes = {
+        self.routes: Routes = {
             **routes,
             "/healthz": {"GET": self._healthz},
             "/metrics": {"GET": self._metrics},
             "/openapi.json": {"GET": self._openapi},
             "/docs": {"GET": self._docs},
         }
+        self.beside: Beside | None = None
         self._key = key
         self._monitor = monitor
         self._document = document
@@ -81,13 +98,17 @@ class AsgiApp:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
+        await _send(send, await self.answer(scope, receive))
+
+    async def answer(self, scope: Scope, receive: Receive) -> Response:
+        """One request's answer, counted and timed; a failure is a problem body."""
         start = time.perf_counter()
         path = scope["path"]
         response = await self._respond(scope, receive, path)
-        await _send(send, response)
-        route = path if path in self._routes else "other"
+        route = path if path in self.routes else "other"
         self._monitor.requests.labels(route, str(response.status)).inc()
         self._monitor.latency.labels(route).observe(time.perf_counter() - start)
+        return response
 
     async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:
         try:
@@ -96,11 +117,11 @@ class AsgiApp:
             return await self._find(path, scope["method"])(scope, receive)
         except Exception as error:
             if not isinstance(error, DeepseekRayError):
-                logger.exception("request to %s failed", path if path in self._routes else "an unknown path")
+                logger.exception("request to %s failed", path if path in self.routes else "an unknown path")
             return _problem(error)
 
     def _find(self, path: str, method: str) -> Handler:
-        methods = self._routes.get(path)
+        methods = self.routes.get(path)
         if methods is None:
             detail = f"There is no route {path[:80]!r}."
             raise RequestError(detail, status=404, kind="unknown-route", fix="see /docs for the routes")
@@ -110,7 +131,7 @@ class AsgiApp:
         return methods[method]
 
     async def _healthz(self, scope: Scope, receive: Receive) -> Response:
-        return json_response({"status": "alive"})
+        return json_response({"status": "alive", "rpc_port": self.beside.port if self.beside else 0})
 
     async def _metrics(self, scope: Scope, receive: Receive) -> Response:
         return Response(200, self._monitor.render(), self._monitor.content_type.encode())
@@ -125,9 +146,13 @@ class AsgiApp:
         while True:
             message = await receive()
             if message["type"] == "lifespan.shutdown":
+                if self.beside:
+                    await self.beside.stop()
                 self._shutdown()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+            if self.beside:
+                await self.beside.start()
             await send({"type": "lifespan.startup.complete"})
 
 

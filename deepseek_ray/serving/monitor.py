@@ -14,26 +14,23 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SCORES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-class Monitor:
-    """All metrics of one service, in a registry of their own."""
+class HttpMonitor:
+    """The metrics that every service of ours has, in a registry of their own.
+
+    Args:
+        unit: what a batch consists of, in the plural.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("http_requests", "Requests by route and status.", "route", "status")
         self.latency = self._histogram("http_latency_seconds", "Request to response, by route.", _LATENCY_S, "route")
         self.stage = self._histogram("stage_seconds", "Time a batch spends in each stage.", _STAGE_S, "stage")
-        self.batch_size = self._histogram("batch_transactions", "Transactions a batch.", _SIZES)
-        self.score = self._histogram("fraud_probability", "Scores given, by version.", _SCORES, "version")
-        self.predictions = self._counter("predictions", "Decisions by outcome and version.", "decision", "version")
-        self.cold = self._counter("cold_keys", "Keys scored without history.", "key")
-        self.feedback = self._counter("feedback", "Labels received.", "is_fraud", "outcome")
-        self.swaps = self._counter("model_swaps", "Swaps of the live model.", "outcome")
+        self.batch_size = self._histogram(f"batch_{unit}", f"{unit.capitalize()} a batch.", _SIZES)
         self.model = self._gauge("model_info", "1 for the version that serves.", "name", "version", "run_id")
-        self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
-        self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
-        self._queue = self._gauge("queued_transactions", "Transactions that wait for the worker.")
+        self._queue = self._gauge(f"queued_{unit}", f"{unit.capitalize()} that wait for the worker.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"deepseek_ray_{name}", text, labels, registry=self.registry)
@@ -57,12 +54,26 @@ class Monitor:
         finally:
             self.stage.labels(stage).observe(time.perf_counter() - start)
 
+    def render(self) -> bytes:
+        """The text exposition of every metric."""
+        return generate_latest(self.registry)
+
+
+class Monitor(HttpMonitor):
+    """All metrics of the risk service."""
+
+    def __init__(self) -> None:
+        super().__init__("transactions")
+        self.score = self._histogram("fraud_probability", "Scores given, by version.", _SCORES, "version")
+        self.predictions = self._counter("predictions", "Decisions by outcome and version.", "decision", "version")
+        self.cold = self._counter("cold_keys", "Keys scored without history.", "key")
+        self.feedback = self._counter("feedback", "Labels received.", "is_fraud", "outcome")
+        self.swaps = self._counter("model_swaps", "Swaps of the live model.", "outcome")
+        self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
+        self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
+
     def show_model(self, name: str, version: str, run_id: str, threshold: float) -> None:
         """Name the version that serves from now on."""
         self.model.clear()
         self.model.labels(name, version, run_id).set(1)
         self.threshold.set(threshold)
-
-    def render(self) -> bytes:
-        """The text exposition of every metric."""
-        return generate_latest(self.registry)

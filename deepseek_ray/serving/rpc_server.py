@@ -1,0 +1,122 @@
+"""gRPC beside HTTP: a server in the replica whose one method asks the application's own routes.
+
+Key, limits, queue, batches and problem bodies are therefore those of HTTP. Ray Serve's own gRPC ingress is not used:
+it listens on every address of the machine without encryption, hides the caller's deadline from the application, and
+takes longer (docs/serving.md has the figures). A call whose deadline passes is cancelled here, and the batcher drops
+what still waits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, cast
+
+import grpc
+
+from deepseek_ray.errors import EnvironmentProblemError, RequestError
+from deepseek_ray.rpc import (
+    MAX_PROBLEM_BYTES,
+    PROBLEM_KEY,
+    SERVICE,
+    STATUS_KEY,
+    CallReply,
+    CallRequest,
+    grpc_code,
+    path_of,
+)
+from deepseek_ray.serving.asgi import AsgiApp, Message, Response, Scope
+
+_ROOM = 64 << 10
+"""Bytes of a message beside its payload: a body over the limit still reaches the route, which says so."""
+
+
+class RpcServer:
+    """Serves one application's routes over gRPC; started inside the application's event loop.
+
+    Args:
+        app: whose routes answer.
+        host: address to listen on.
+        port: port to listen on, 0 for a free one.
+        max_body_bytes: of a payload.
+        grace_s: time that open calls may take after a stop.
+    """
+
+    def __init__(self, app: AsgiApp, host: str, port: int, *, max_body_bytes: int, grace_s: float = 10.0) -> None:
+        self._app = app
+        self._host, self._wanted = host, port
+        self._limit, self._grace_s = max_body_bytes + _ROOM, grace_s
+        self._server: Any = None
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; 0 before :meth:`start`."""
+        return self._port
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            EnvironmentProblemError: the port is taken.
+        """
+        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", self._limit)])
+        handler = grpc.unary_unary_rpc_method_handler(
+            self._call, request_deserializer=CallRequest.FromString, response_serializer=CallReply.SerializeToString
+        )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Call": handler}),))
+        address = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            self._port = self._server.add_insecure_port(f"{address}:{self._wanted}")
+        except RuntimeError as error:
+            raise EnvironmentProblemError(
+                f"{address}:{self._wanted} cannot be listened on for gRPC.",
+                fix="stop the other server, or choose another serving.rpc_port",
+            ) from error
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Take no new call, finish open ones. Stopping twice is stopping once."""
+        if self._server is not None:
+            await self._server.stop(self._grace_s)
+            self._server = None
+
+    async def _call(self, request: Any, context: Any) -> Any:
+        response = await self._ask(request.method, request.payload, context.invocation_metadata())
+        if response.status < 400:
+            return CallReply(payload=response.body)
+        code = getattr(grpc.StatusCode, grpc_code(response.status))
+        await context.abort(code, _detail(response), _trailing(response))
+        raise AssertionError("abort raises")
+
+    async def _ask(self, method: str, payload: bytes, metadata: Iterable[tuple[str, str | bytes]]) -> Response:
+        headers = [(name.encode(), value if isinstance(value, bytes) else value.encode()) for name, value in metadata]
+        scope: Scope = {"type": "http", "path": self._path(method), "headers": headers}
+        scope["method"] = next(iter(self._app.routes.get(scope["path"], ("POST",))))
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": payload, "more_body": False}
+
+        return await self._app.answer(scope, receive)
+
+    def _path(self, method: str) -> str:
+        try:
+            return path_of(method)
+        except RequestError:
+            return method[:80]  # no route has it: the application answers, after it has seen the key
+
+
+def _detail(response: Response) -> str:
+    return str(_problem(response).get("detail", ""))[:1_000]
+
+
+def _problem(response: Response) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(response.body))
+
+
+def _trailing(response: Response) -> tuple[tuple[str, str | bytes], ...]:
+    body = response.body
+    if len(body) > MAX_PROBLEM_BYTES:
+        body = json.dumps({key: value for key, value in _problem(response).items() if key != "errors"}).encode()
+    retry = tuple((name.decode(), value.decode()) for name, value in response.headers if name == b"retry-after")
+    return ((STATUS_KEY, str(response.status)), (PROBLEM_KEY, body[:MAX_PROBLEM_BYTES]), *retry)
