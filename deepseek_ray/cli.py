@@ -32,7 +32,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "ingest": ("pipelines.risk.ingest", "read, check and store transactions"),
     "train": ("pipelines.risk.train", "features, training, yardsticks, registration"),
     "tune": ("pipelines.risk.tune", "search hyperparameters"),
-    "serve": ("serve_apps.risk", "answer decisions over HTTP"),
+    "serve": ("serve_apps.serve", "answer over HTTP and gRPC: a run's decisions, or any one model"),
     "warm": ("pipelines.risk.warm", "bring the live feature state to the end of the history"),
     "replay": ("pipelines.risk.replay", "play held-out days against the service"),
     "update": ("pipelines.risk.update", "warm-start a challenger, gate it, promote it"),

@@ -118,6 +118,7 @@ class ServingConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65_535)
+    rpc_port: int = Field(0, ge=-1, le=65_535, description="of gRPC; 0: a free one, -1: no gRPC")
     api_key_env: str = "DEEPSEEK_RAY_API_KEY"
     max_batch_size: int = Field(64, ge=1)
     max_queued_requests: int = Field(2_000, ge=1)

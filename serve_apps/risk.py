@@ -7,34 +7,29 @@ cleanly on SIGTERM or Ctrl-C: open requests finish, feature state is written, th
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 
-from deepseek_ray.cli import add_settings, guarded, settings_of
+from deepseek_ray.cli import add_settings, guarded
 from deepseek_ray.config import Config
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.serving.auth import generate_key, load_key
-from serve_apps import ingress
+from serve_apps import ingress, terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop; returns the exit status."""
     options = _parser().parse_args(arguments)
-    config, paths = _settings(options)
-    key = _key(config.serving.api_key_env, generate=options.generate_key)
-    host, port = config.serving.host, config.serving.port or ingress.free_port(config.serving.host)
-    ingress.prepare(host, port)
+    config, paths = terminal.settings_of(options)
+    key = terminal.api_key(config.serving.api_key_env, generate=options.generate_key)
+    config = terminal.with_ports(config)
+    ingress.prepare(config.serving.host, config.serving.port)
     _check_champion(paths, config)
     run = str(paths.create().root)
-    try:
-        ingress.start(build, run, config.model_dump(), key, host=host)
-        stop = _stop_signal()
-        print(f"serving {config.model_name!r} of {run} at http://{host}:{port}, described at /docs", flush=True)
-        stop.wait()
-    finally:
-        ingress.stop()
+    terminal.serve(
+        f"{config.model_name!r} of {run}",
+        config,
+        lambda: ingress.start(build, run, config.model_dump(), key, host=config.serving.host),
+    )
     return 0
 
 
@@ -53,34 +48,11 @@ def _check_champion(paths: RunPaths, config: Config) -> None:
     champion_version(Registry.open(paths, config.stores, name=config.model_name, create=False))
 
 
-def _stop_signal() -> threading.Event:
-    """Set on SIGTERM and SIGINT. Made after Ray has started, because Ray puts its own handlers in place."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deepseek-ray serve", description="Answer decisions over HTTP.")
     add_settings(parser)
-    parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: serving.port)")
-    parser.add_argument("--generate-key", action="store_true", help="make an API key and print it")
+    terminal.add_arguments(parser)
     return parser
-
-
-def _settings(options: argparse.Namespace) -> tuple[Config, RunPaths]:
-    if options.port is not None:
-        options.overrides.append(f"serving.port={options.port}")
-    return settings_of(options)
-
-
-def _key(variable: str, *, generate: bool) -> str:
-    if not generate:
-        return load_key(variable)
-    key = generate_key()
-    print(f"API key: {key}", flush=True)
-    return key
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class RiskModel(nn.Module):
             (n,) in [0, 1].
         """
         logits = torch.from_numpy(self.predict_logits(features, sequence))
-        return torch.sigmoid(self.calibration(logits)).numpy()
+        return torch.sigmoid(self.calibration(logits.to(self.calibration.scale.device))).cpu().numpy()
 
     def attribute(self, features: NDArray[Any], sequence: NDArray[Any]) -> NDArray[np.float64]:
         """Each feature's share of the calibrated log-odds, against the training median of that feature.

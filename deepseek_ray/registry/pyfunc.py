@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,24 @@ class RiskFlavour:
 
     def _sequence(self, data: pd.DataFrame) -> Floats:
         schema = self.package.schema
-        sequence = schema.empty_sequence(len(data))
         if SEQUENCE_COLUMN not in data.columns:
-            return sequence
-        for row, events in enumerate(data[SEQUENCE_COLUMN]):
-            if events is None or len(events) == 0:
-                continue
-            rows = _events(events, schema)
-            sequence[row, : len(rows)] = rows
-        return _finite(sequence, SEQUENCE_COLUMN)
+            return schema.empty_sequence(len(data))
+        return _finite(stack_sequences(list(data[SEQUENCE_COLUMN]), schema), SEQUENCE_COLUMN)
+
+
+def stack_sequences(column: Sequence[Any], schema: InputSchema) -> Floats:
+    """Each row's events (None or empty: no history), newest first, padded to [B, N, C].
+
+    Raises:
+        DataError: a row has too many events, or other channels.
+    """
+    sequence = schema.empty_sequence(len(column))
+    for row, events in enumerate(column):
+        if events is None or len(events) == 0:
+            continue
+        rows = _events(events, schema)
+        sequence[row, : len(rows)] = rows
+    return sequence
 
 
 def _events(events: Any, schema: InputSchema) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,11 +26,11 @@ _PROBLEMS = {
     "429": "The queue is full; Retry-After says when to come back.",
     "503": "A store is not usable; Retry-After says when to come back.",
 }
-_BODY_PROBLEMS = ("400", "401", "409", "413", "422", "429", "503")
+BODY_PROBLEMS = ("400", "401", "409", "413", "422", "429", "503")
 _ROUTES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
-    ("/v1/risk/score", "post", "Score one transaction, or many in order", "score", _BODY_PROBLEMS),
-    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent", "feedback", ("404", *_BODY_PROBLEMS)),
-    ("/v1/risk/threshold", "post", "Change the live version's decision threshold", "threshold", _BODY_PROBLEMS),
+    ("/v1/risk/score", "post", "Score one transaction, or many in order", "score", BODY_PROBLEMS),
+    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent", "feedback", ("404", *BODY_PROBLEMS)),
+    ("/v1/risk/threshold", "post", "Change the live version's decision threshold", "threshold", BODY_PROBLEMS),
     ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401",)),
     ("/healthz", "get", "The process is alive", "", ()),
     ("/readyz", "get", "The service takes traffic", "", ("503",)),
@@ -44,14 +44,22 @@ def document() -> dict[str, Any]:
     models = (Transaction, Prediction, Feedback, ThresholdChange)
     template = "#/components/schemas/{model}"
     _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=template)
-    schemas = {**definitions["$defs"], **_wrappers()}
+    return assemble(
+        "deepseek_ray risk service",
+        {path: {method: _operation(*rest, path=path)} for path, method, *rest in _ROUTES},
+        {**definitions["$defs"], **_wrappers()},
+    )
+
+
+def assemble(title: str, paths: Mapping[str, Any], schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """A document of a service that takes the API key, with the schema ``Problem`` among the others."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "deepseek_ray risk service", "version": "1"},
+        "info": {"title": title, "version": "1"},
         "security": [{"key": []}, {"bearer": []}],
-        "paths": {path: {method: _operation(*rest, path=path)} for path, method, *rest in _ROUTES},
+        "paths": dict(paths),
         "components": {
-            "schemas": schemas,
+            "schemas": {**schemas, "Problem": _PROBLEM},
             "securitySchemes": {
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -61,32 +69,48 @@ def document() -> dict[str, Any]:
 
 
 def _operation(summary: Any, body: Any, problems: Any, *, path: str) -> dict[str, Any]:
-    done = {"200": {"description": "Done.", **_content(_ANSWERS.get(body))}}
+    return operation(path, summary, problems, body=_BODIES.get(body), answer=_ANSWERS.get(body))
+
+
+def operation(
+    path: str, summary: str, problems: Sequence[str], *, body: Any = None, answer: Any = None
+) -> dict[str, Any]:
+    """One method of one path.
+
+    Args:
+        path: decides whether the key is asked for.
+        summary: one line.
+        problems: status codes of refusals.
+        body: JSON schema of the request's body, None for none.
+        answer: JSON schema of the answer.
+    """
+    done = {"200": {"description": "Done.", **_content(answer)}}
     operation: dict[str, Any] = {"summary": summary, "responses": done | {code: _problem(code) for code in problems}}
     if body:
-        operation["requestBody"] = {"required": True, **_content(_BODIES[body])}
+        operation["requestBody"] = {"required": True, **_content(body)}
     if path in OPEN_ROUTES:
         operation["security"] = []
     return operation
 
 
-def _ref(name: str) -> dict[str, str]:
+def ref(name: str) -> dict[str, str]:
+    """The schema of that name."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _list(key: str, name: str) -> dict[str, Any]:
-    items = {"type": "array", "minItems": 1, "items": _ref(name)}
+    items = {"type": "array", "minItems": 1, "items": ref(name)}
     return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: items}}
 
 
 _BODIES: dict[str, Any] = {
-    "score": {"oneOf": [_ref("Transaction"), _list("transactions", "Transaction")]},
-    "feedback": {"oneOf": [_ref("Feedback"), _list("feedback", "Feedback")]},
-    "threshold": _ref("ThresholdChange"),
+    "score": {"oneOf": [ref("Transaction"), _list("transactions", "Transaction")]},
+    "feedback": {"oneOf": [ref("Feedback"), _list("feedback", "Feedback")]},
+    "threshold": ref("ThresholdChange"),
 }
 _ANSWERS: dict[str, Any] = {
-    "score": {"oneOf": [_ref("Prediction"), _list("predictions", "Prediction")]},
-    "feedback": _ref("FeedbackAnswer"),
+    "score": {"oneOf": [ref("Prediction"), _list("predictions", "Prediction")]},
+    "feedback": ref("FeedbackAnswer"),
 }
 
 
@@ -94,14 +118,16 @@ def _wrappers() -> dict[str, Any]:
     count = {"type": "integer", "minimum": 0}
     return {
         "FeedbackAnswer": {"type": "object", "properties": {"accepted": count, "repeated": count}},
-        "Problem": {
-            "type": "object",
-            "description": "RFC 9457 problem details",
-            "properties": {name: {"type": "string"} for name in ("type", "title", "detail", "field", "fix")}
-            | {name: {"type": "integer"} for name in ("status", "error_count")}
-            | {"errors": {"type": "array", "items": {"type": "object"}}},
-        },
     }
+
+
+_PROBLEM: dict[str, Any] = {
+    "type": "object",
+    "description": "RFC 9457 problem details",
+    "properties": {name: {"type": "string"} for name in ("type", "title", "detail", "field", "fix")}
+    | {name: {"type": "integer"} for name in ("status", "error_count")}
+    | {"errors": {"type": "array", "items": {"type": "object"}}},
+}
 
 
 def _content(schema: Any) -> dict[str, Any]:
@@ -109,7 +135,7 @@ def _content(schema: Any) -> dict[str, Any]:
 
 
 def _problem(code: str) -> dict[str, Any]:
-    return {"description": _PROBLEMS[code], "content": {"application/problem+json": {"schema": _ref("Problem")}}}
+    return {"description": _PROBLEMS[code], "content": {"application/problem+json": {"schema": ref("Problem")}}}
 
 
 def page(described: Mapping[str, Any]) -> str:

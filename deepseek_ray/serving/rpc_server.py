@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import grpc
 
+from deepseek_ray.config import ServingConfig
 from deepseek_ray.errors import EnvironmentProblemError, RequestError
 from deepseek_ray.rpc import (
     MAX_PROBLEM_BYTES,
@@ -104,6 +105,12 @@ class RpcServer:
             return path_of(method)
         except RequestError:
             return method[:80]  # no route has it: the application answers, after it has seen the key
+
+
+def attach(app: AsgiApp, config: ServingConfig) -> None:
+    """Put gRPC beside an application, unless the settings say that there is none."""
+    if config.rpc_port >= 0:
+        app.beside = RpcServer(app, config.host, config.rpc_port, max_body_bytes=config.max_body_bytes)
 
 
 def _detail(response: Response) -> str:

@@ -27,6 +27,7 @@ from deepseek_ray.serving.compaction import Compactor
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.rpc_server import attach
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)
@@ -151,6 +152,7 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     store = FeatureClient(paths, config.stores.online_store)
     service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
     service.start()
+    attach(service.app, config.serving)
     return service.app
 
 

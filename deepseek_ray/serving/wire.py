@@ -58,14 +58,19 @@ def parse_feedback(body: bytes, limits: Limits, now_us: int) -> tuple[list[Feedb
 
 def parse_threshold(body: bytes) -> ThresholdChange:
     """A threshold change; raises like ``parse_transactions``."""
-    loaded = _load(body)
+    loaded = load_json(body)
     try:
         return ThresholdChange.model_validate(loaded)
     except ValidationError as error:
         raise FieldErrors(field_errors(error)) from None
 
 
-def _load(body: bytes) -> Any:
+def load_json(body: bytes) -> Any:
+    """A body's JSON value.
+
+    Raises:
+        RequestError: 400, it is empty or no JSON.
+    """
     if not body.strip():
         raise RequestError("The body is empty.", status=400, kind="malformed-json", fix="send a JSON object")
     try:
@@ -77,7 +82,7 @@ def _load(body: bytes) -> Any:
 
 
 def _parse(body: bytes, key: str, kind: type[RecordT], time_field: str, limits: Limits) -> tuple[list[RecordT], bool]:
-    loaded = _load(body)
+    loaded = load_json(body)
     if not isinstance(loaded, dict):
         detail = f"the body is a {type(loaded).__name__}, not an object"
         raise FieldErrors([field_error("", loaded, detail, f"send one record, or {{{key!r}: [...]}}")])

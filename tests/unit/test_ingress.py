@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_ray.errors import EnvironmentProblemError
-from serve_apps import ingress, risk
+from serve_apps import ingress, risk, terminal
 
 
 def test_a_taken_port_is_refused_with_a_fix() -> None:
@@ -39,5 +39,5 @@ def test_serving_without_a_key_stops_before_anything_starts(tmp_path: object) ->
 def test_settings_come_from_preset_file_and_command_line(tmp_path: Path) -> None:
     arguments = ["--port", "81", "--set", "serving.max_batch_size=3", "--preset", "debug", "--run", str(tmp_path)]
     options = risk._parser().parse_args(arguments)
-    config, _ = risk._settings(options)
+    config, _ = terminal.settings_of(options)
     assert (config.serving.port, config.serving.max_batch_size) == (81, 3)

@@ -1,0 +1,136 @@
+"""Requests to a model server: records or columns in, checked against the model's columns, columns out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from deepseek_ray.errors import RequestError
+from deepseek_ray.registry.columns import Column
+from deepseek_ray.serving.problem import FieldErrors, field_error, field_errors
+from deepseek_ray.serving.wire import load_json
+
+MAX_TEXT_CHARS = 1 << 20
+_WHOLE = {"long": 2**63, "integer": 2**31}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as columns, each of ``num_rows`` values; None where an optional value is absent."""
+
+    columns: Mapping[str, list[Any]]
+    num_rows: int
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, in their order."""
+        if len(batches) == 1:
+            return batches[0]
+        names = batches[0].columns
+        columns = {name: [value for batch in batches for value in batch.columns[name]] for name in names}
+        return cls(columns, sum(batch.num_rows for batch in batches))
+
+
+class Records:
+    """What a model's records must look like.
+
+    Args:
+        columns: the model's input.
+        max_rows: records a request.
+    """
+
+    def __init__(self, columns: Sequence[Column], max_rows: int) -> None:
+        self._names = {f"c{number}": column.name for number, column in enumerate(columns)}
+        self._max_rows = max_rows
+        fields: dict[str, Any] = {f"c{number}": _field(column) for number, column in enumerate(columns)}
+        settings = ConfigDict(extra="forbid", strict=True, title="Record")
+        self._record = create_model("Record", __config__=settings, **fields)
+        self._many = TypeAdapter(list[self._record])  # type: ignore[name-defined]
+
+    def parse(self, body: bytes) -> Batch:
+        """The rows of ``{"records": [{...}, ...]}`` or ``{"columns": {name: [...], ...}}``.
+
+        Raises:
+            RequestError: 400 malformed, 413 too many rows, 422 wrong fields.
+        """
+        key, value = _one_of(load_json(body))
+        rows = value if key == "records" else self._rows(value)
+        if not rows:
+            raise FieldErrors([field_error(key, value, "no row", "send at least one")])
+        if len(rows) > self._max_rows:
+            raise RequestError(
+                f"The body holds {len(rows)} records; at most {self._max_rows} are taken.",
+                status=413,
+                kind="too-many-records",
+                field=key,
+                fix=f"send at most {self._max_rows} a request, or raise serving.max_transactions",
+            )
+        return self._checked(rows)
+
+    def json_schema(self) -> dict[str, Any]:
+        """JSON schema of one record."""
+        return self._record.model_json_schema()
+
+    def _checked(self, rows: list[Any]) -> Batch:
+        try:
+            records: list[BaseModel] = self._many.validate_python(rows)
+        except ValidationError as error:
+            raise FieldErrors(field_errors(error, "records")) from None
+        columns = {name: [getattr(record, key) for record in records] for key, name in self._names.items()}
+        return Batch(columns, len(records))
+
+    def _rows(self, columns: Any) -> list[dict[str, Any]]:
+        lists = _lists(columns)
+        sizes = {name: len(values) for name, values in lists.items()}
+        if len(set(sizes.values())) > 1:
+            shortest, longest = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+            detail = f"{sizes[shortest]} values, but {longest!r} has {sizes[longest]}"
+            raise FieldErrors([field_error(f"columns.{shortest}", lists[shortest], detail, "send as many for each")])
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _one_of(loaded: Any) -> tuple[str, Any]:
+    fix = 'send {"records": [{...}]} or {"columns": {"name": [...]}}'
+    if not isinstance(loaded, dict):
+        raise FieldErrors([field_error("", loaded, f"the body is a {type(loaded).__name__}, not an object", fix)])
+    if len(loaded) != 1 or not loaded.keys() <= {"records", "columns"}:
+        odd = next((key for key in loaded if key not in ("records", "columns")), "")
+        raise FieldErrors([field_error(odd, loaded.get(odd), "not one of records and columns", fix)])
+    key, value = next(iter(loaded.items()))
+    if key == "records" and not isinstance(value, list):
+        raise FieldErrors([field_error(key, value, f"a {type(value).__name__}, not a list", fix)])
+    return key, value
+
+
+def _lists(columns: Any) -> dict[str, list[Any]]:
+    if not isinstance(columns, dict):
+        detail = f"a {type(columns).__name__}, not an object"
+        raise FieldErrors([field_error("columns", columns, detail, "send a list of values for each column's name")])
+    for name, values in columns.items():
+        if not isinstance(values, list):
+            detail = f"a {type(values).__name__}, not a list"
+            raise FieldErrors([field_error(f"columns.{name}", values, detail, "send a list, one value a row")])
+    return columns
+
+
+def _field(column: Column) -> tuple[Any, Any]:
+    kind: Any = _value(column)
+    for fewest, most in reversed(column.sizes):
+        kind = Annotated[list[kind], Field(min_length=fewest, max_length=most)]
+    text = column.text or None
+    if column.required:
+        return kind, Field(alias=column.name, title=column.name, description=text)
+    return kind | None, Field(None, alias=column.name, title=column.name, description=text)
+
+
+def _value(column: Column) -> Any:
+    low, high = column.minimum, column.maximum
+    if column.type in ("double", "float"):
+        return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False)]
+    if column.type in _WHOLE:
+        end = _WHOLE[column.type]
+        return Annotated[int, Field(ge=-end if low is None else int(low), le=end - 1 if high is None else int(high))]
+    return bool if column.type == "boolean" else Annotated[str, Field(max_length=MAX_TEXT_CHARS)]

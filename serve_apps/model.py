@@ -1,0 +1,79 @@
+"""Serve one model of a registry or a folder: ``deepseek-ray serve models:/risk@champion --port 8080``.
+
+Without a model ``deepseek-ray serve`` is ``serve_apps.risk``. Starts a local Ray cluster and one replica that answers
+on 127.0.0.1 over HTTP and gRPC; the routes and their description follow from the model's own signature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from deepseek_ray.cli import add_settings, guarded
+from deepseek_ray.config import Config
+from deepseek_ray.paths import RunPaths
+from deepseek_ray.serving.model_service import Target, find, is_uri
+from serve_apps import ingress, terminal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop; returns the exit status."""
+    options = parser().parse_args(arguments)
+    elsewhere = "" if options.run else os.environ.get("MLFLOW_TRACKING_URI", "")
+    needs_run = is_uri(options.model) and not elsewhere
+    config, paths = terminal.settings_of(options, "use" if needs_run else "make")
+    key = terminal.api_key(config.serving.api_key_env, generate=options.generate_key)
+    config = terminal.with_ports(config)
+    ingress.prepare(config.serving.host, config.serving.port)
+    with tempfile.TemporaryDirectory(prefix="deepseek-ray-model-") as folder:
+        target = _find(options, config, paths, elsewhere, Path(folder))
+        build_arguments = (asdict(target), config.model_dump(), options.device, key)
+        start = functools.partial(ingress.start, build, *build_arguments, host=config.serving.host)
+        terminal.serve(f"{target.name!r} of {target.source}", config, start)
+    return 0
+
+
+def build(target: dict[str, str], settings: dict[str, object], device: str, key: str) -> object:
+    """The ASGI application; called inside the replica."""
+    from deepseek_ray.serving.model_service import open_app  # seconds of imports that the driver does without
+
+    return open_app(target, settings, device, key)
+
+
+def _find(options: argparse.Namespace, config: Config, paths: RunPaths, elsewhere: str, cache: Path) -> Target:
+    """Make the model's files local; what is wrong with them is said here, where it is short, not by the replica."""
+    if not elsewhere:
+        return find(options.model, paths=paths, stores=config.stores, cache=cache, name=options.name)
+    stores = config.stores.model_copy(update={"tracking_uri": elsewhere})
+    return find(options.model, paths=RunPaths(cache), stores=stores, cache=cache, name=options.name)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``deepseek-ray serve``, MODEL among them."""
+    made = argparse.ArgumentParser(
+        prog="deepseek-ray serve",
+        description="Answer over HTTP and gRPC: the risk service of a run, or any one model.",
+        epilog="Without MODEL: the run's champion with its features, its log and its updates.",
+    )
+    made.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN/PATH (of --run's store, else MLFLOW_TRACKING_URI's) "
+        "or a folder",
+    )
+    made.add_argument("--name", default="", help="the model's name in the routes (default: its own)")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="for MODEL (default: auto)")
+    terminal.add_arguments(made)
+    add_settings(made)
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
