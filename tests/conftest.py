@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
 
 
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated MLflow database; making one takes seconds."""
+    from deepseek_ray.paths import RunPaths
+    from deepseek_ray.registry import Tracking
+
+    paths = RunPaths(tmp_path_factory.mktemp("template"))
+    Tracking.open(paths, experiment="template")
+    return Path(paths.tracking_uri.removeprefix("sqlite:///"))
+
+
 @pytest.fixture(autouse=True)
 def isolated_environment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run folders go to tmp_path; nothing of the caller's set-up leaks in."""

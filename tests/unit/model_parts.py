@@ -14,10 +14,12 @@ import torch
 
 from deepseek_ray.config import Config, ModelConfig, StoreConfig, build_config
 from deepseek_ray.config_moe import BackboneConfig
+from deepseek_ray.data.evidence import GATES, Check, GateDecision
 from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.models.backbone import Backbone, init_weights
 from deepseek_ray.models.pretrained import save_pretrained
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.registry import InputSchema, Lineage, Registry
 from deepseek_ray.serving.model_app import ModelApp
 from deepseek_ray.serving.model_service import find, open_app
 
@@ -47,6 +49,20 @@ def backbone(folder: Path, **changes: Any) -> Backbone:
         weight.data.mul_(8.0)  # far from uniform answers
     save_pretrained(model.eval(), folder)
     return model
+
+
+def promoted(paths: RunPaths) -> Registry:
+    """A store in which version 1 of ``risk`` is the champion."""
+    registry = Registry.open(paths)
+    model = risk_model()
+    folder = model.save_pretrained(paths.root / "saved")
+    lineage = Lineage(data_digest="d", git_commit="c", train_start="2026-01-01", train_end="2026-02-01")
+    with registry.tracking.start_run("train") as run:
+        info = registry.register(folder, run.run_id, InputSchema.of(model.config), lineage)
+    checks = tuple(Check(name, True, 0.5, 0.4, "test") for name in GATES)
+    decision = GateDecision(name="risk", version=info.version, champion_version=None, checks=checks)
+    registry.promote(info.version, decision)
+    return registry
 
 
 def settings(**serving: Any) -> Config:

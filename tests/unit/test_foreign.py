@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -21,13 +22,12 @@ from mlflow.models import infer_signature
 from sklearn.linear_model import LogisticRegression
 
 from deepseek_ray.config import StoreConfig
-from deepseek_ray.data.evidence import GATES, Check, GateDecision
 from deepseek_ray.errors import ModelFormatError, RegistryError
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.registry import InputSchema, Lineage, Registry
+from deepseek_ray.registry import Registry
 from deepseek_ray.registry.foreign import ForeignModel, check_safe
 from deepseek_ray.registry.located import locate
-from tests.unit.model_parts import NAMES, client, predict, risk_model, served
+from tests.unit.model_parts import NAMES, client, predict, promoted, served
 
 ROWS = pd.DataFrame({"amount": np.linspace(-2, 2, 60), "count 1d": np.arange(60) % 7})
 LABEL = (ROWS["amount"] > 0).astype(int)
@@ -51,21 +51,15 @@ def good(booster: lightgbm.Booster, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def registry(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+def registry(good: Path, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     """A store with version 1 of ``risk``, the champion, and a LightGBM model ``boosted``."""
     folder = tmp_path_factory.mktemp("store")
-    made = Registry.open(RunPaths(folder / "run").create())
-    model = risk_model()
-    lineage = Lineage(data_digest="d", git_commit="c", train_start="2026-01-01", train_end="2026-02-01")
-    with made.tracking.start_run("train") as run:
-        saved = model.save_pretrained(folder / "saved")
-        info = made.register(saved, run.run_id, InputSchema.of(model.config), lineage)
-        with made.tracking.guard(write=True) as store:
-            store.log_artifacts(run.run_id, str(good), "boosted")
-            store.create_registered_model("boosted")
-            store.create_model_version("boosted", f"{run.artifact_uri}/boosted", run.run_id)
-    checks = tuple(Check(name, True, 0.5, 0.4, "test") for name in GATES)
-    made.promote("1", GateDecision(name="risk", version=info.version, champion_version=None, checks=checks))
+    shutil.copy(mlflow_template, folder / "mlflow.db")
+    made = promoted(RunPaths(folder))
+    with made.tracking.start_run("boost") as run, made.tracking.guard(write=True) as store:
+        store.log_artifacts(run.run_id, str(good), "boosted")
+        store.create_registered_model("boosted")
+        store.create_model_version("boosted", f"{run.artifact_uri}/boosted", run.run_id)
     return made
 
 
@@ -88,7 +82,8 @@ def test_a_version_is_served_by_alias_and_by_number(registry: Registry, tmp_path
 
 
 def test_another_librarys_model_is_served_by_uri(registry: Registry, booster: lightgbm.Booster, tmp_path: Path) -> None:
-    run_id = registry.get("1").run_id
+    with registry.tracking.guard() as store:
+        run_id = store.get_model_version("boosted", "1").run_id
     for uri, name in (("models:/boosted/1", "boosted"), (f"runs:/{run_id}/boosted", "boosted")):
         with served(uri, name="", **where(registry, tmp_path)) as app:
             columns = {name: ROWS[name].tolist() for name in NAMES}
@@ -140,6 +135,10 @@ def load_by_own_module(folder: Path, bomb: Bomb) -> None:
     change(folder, loader_module="os")
 
 
+def load_by_a_class_of_its_author(folder: Path, bomb: Bomb) -> None:
+    change(folder, loader_module="mlflow.pyfunc.model")
+
+
 def name_a_wrapper(folder: Path, bomb: Bomb) -> None:
     change(folder, "lightgbm", model_class="lightgbm.sklearn.LGBMClassifier")
     (folder / "model.lgb").write_bytes(pickle.dumps(bomb, protocol=0))  # looks like text
@@ -159,6 +158,7 @@ def change(folder: Path, flavour: str = "python_function", **settings: str) -> N
         (hide_pickle_in_zip, "'weights.bin' is a pickle"),
         (bring_code, "brings Python code"),
         (name_a_wrapper, "unpickles a 'lightgbm.sklearn.LGBMClassifier'"),
+        (load_by_a_class_of_its_author, "its loader is 'mlflow.pyfunc.model'"),
         (load_by_own_module, "its loader is 'os'"),
     ],
 )
@@ -181,12 +181,7 @@ def test_flavours_that_pickle_are_refused(tmp_path: Path) -> None:
     booster = lightgbm.LGBMClassifier(n_estimators=2, verbose=-1, n_jobs=1).fit(ROWS, LABEL)
     mlflow.lightgbm.save_model(booster, tmp_path / "b", pip_requirements=[], serialization_format="cloudpickle")
 
-    class Own(mlflow.pyfunc.PythonModel):
-        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-            return model_input
-
-    mlflow.pyfunc.save_model(tmp_path / "c", python_model=Own(), pip_requirements=[])
-    for name in "abc":
+    for name in "ab":
         with pytest.raises(ModelFormatError, match="is not loaded"):
             check_safe(tmp_path / name)
 

@@ -72,17 +72,9 @@ def linear_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load", load_linear, raising=False)
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated MLflow database; making one takes seconds."""
-    paths = RunPaths(tmp_path_factory.mktemp("template"))
-    Tracking.open(paths, experiment="template")
-    return Path(paths.tracking_uri.removeprefix("sqlite:///"))
-
-
 @pytest.fixture
-def paths(tmp_path: Path, template: Path) -> RunPaths:
-    shutil.copy(template, tmp_path / "mlflow.db")
+def paths(tmp_path: Path, mlflow_template: Path) -> RunPaths:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     return RunPaths(tmp_path)
 
 
