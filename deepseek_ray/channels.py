@@ -19,7 +19,7 @@ from deepseek_ray.errors import (
     ServingError,
     UnreachableError,
 )
-from deepseek_ray.rpc import CALL, PROBLEM_KEY, STATUS_KEY, CallReply, CallRequest, path_of
+from deepseek_ray.rpc import CALL, PROBLEM_KEY, STATUS_KEY, TIMEOUT_HEADER, CallReply, CallRequest, path_of
 
 MAX_MESSAGE_BYTES = 64 << 20
 _GET = re.compile(r"(risk\.model|models[./][^./]+)")
@@ -78,7 +78,8 @@ class HttpChannel:
 
     def _ask(self, verb: str, path: str, payload: bytes, timeout_s: float) -> httpx.Response:
         try:
-            return self._client.request(verb, path, content=payload or None, timeout=timeout_s)
+            headers = {TIMEOUT_HEADER: f"{1e3 * timeout_s:.3f}"}
+            return self._client.request(verb, path, content=payload or None, timeout=timeout_s, headers=headers)
         except httpx.TimeoutException as error:
             raise too_late(f"{self.base_url}{path}", timeout_s) from error
         except httpx.HTTPError as error:
@@ -159,9 +160,7 @@ def refusal(status: int, body: bytes, where: str, retry_after_s: float = 1.0) ->
     problem = _problem(body)
     detail = f"{where} answered {status}: {problem.get('detail', problem)}"
     if status in (429, 503):
-        error = OverloadedError(detail, fix="send more slowly")
-        error.retry_after_s = retry_after_s
-        return error
+        return OverloadedError(detail, fix="send more slowly", retry_after_s=retry_after_s)
     if status == 504:
         return DeadlineError(detail, fix="allow more time, or send fewer records a request")
     if status < 500:

@@ -134,13 +134,19 @@ class RequestError(ServingError):
 
 
 class OverloadedError(ServingError):
-    """The request queue is full; retry later.
+    """No room now: the request queue is full, or a key's rate is used up; retry later.
 
-    Attributes:
-        retry_after_s: when to come back.
+    Args:
+        message: what is full.
+        fix: what the client can do about it.
+        kind: short machine-readable problem type.
+        retry_after_s: when to come back; rounded up to whole seconds, at least one.
     """
 
-    retry_after_s: float = 1.0
+    def __init__(self, message: str, *, fix: str = "", kind: str = "overloaded", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, fix=fix)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 class UnreachableError(ServingError):

@@ -17,6 +17,8 @@ SERVICE = f"{PACKAGE}.Rpc"
 CALL = f"/{SERVICE}/Call"
 STATUS_KEY = "http-status"
 PROBLEM_KEY = "problem-bin"
+TIMEOUT_HEADER = "x-request-timeout-ms"
+"""What is left of a call's deadline, for the routes: gRPC says it in its own way, HTTP by this header."""
 MAX_PROBLEM_BYTES = 6_000
 """Of the problem body in the trailing metadata: gRPC allows 8 KiB for all of it."""
 

@@ -140,6 +140,7 @@ class Ingress:
 
     def __init__(self, factory: Callable[..., Any], *args: Any) -> None:
         _let_ports_be_reused()
+        _stay_on_this_machine()
         self._application = factory(*args)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -164,3 +165,15 @@ def _let_ports_be_reused() -> None:
             return Reusing if name == "socket" else getattr(socket, name)
 
     http_util.socket = Module()
+
+
+def _stay_on_this_machine() -> None:
+    """Keep the port for calls between deployments on 127.0.0.1.
+
+    Ray 2.60 opens one in every replica, on every address of the machine, whether it is used or not, and unpickles
+    what arrives there. This cluster has one machine and one deployment.
+    """
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))

@@ -9,7 +9,6 @@ what still waits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any, cast
 
 import grpc
@@ -21,6 +20,7 @@ from deepseek_ray.rpc import (
     PROBLEM_KEY,
     SERVICE,
     STATUS_KEY,
+    TIMEOUT_HEADER,
     CallReply,
     CallRequest,
     grpc_code,
@@ -28,6 +28,8 @@ from deepseek_ray.rpc import (
 )
 from deepseek_ray.serving.asgi import AsgiApp, Message, Response, Scope
 
+MAX_TIMEOUT_S = 600.0
+"""A longer deadline is not passed on."""
 _ROOM = 64 << 10
 """Bytes of a message beside its payload: a body over the limit still reaches the route, which says so."""
 
@@ -83,15 +85,14 @@ class RpcServer:
             self._server = None
 
     async def _call(self, request: Any, context: Any) -> Any:
-        response = await self._ask(request.method, request.payload, context.invocation_metadata())
+        response = await self._ask(request.method, request.payload, _headers(context))
         if response.status < 400:
             return CallReply(payload=response.body)
         code = getattr(grpc.StatusCode, grpc_code(response.status))
         await context.abort(code, _detail(response), _trailing(response))
         raise AssertionError("abort raises")
 
-    async def _ask(self, method: str, payload: bytes, metadata: Iterable[tuple[str, str | bytes]]) -> Response:
-        headers = [(name.encode(), value if isinstance(value, bytes) else value.encode()) for name, value in metadata]
+    async def _ask(self, method: str, payload: bytes, headers: list[tuple[bytes, bytes]]) -> Response:
         scope: Scope = {"type": "http", "path": self._path(method), "headers": headers}
         scope["method"] = next(iter(self._app.routes.get(scope["path"], ("POST",))))
 
@@ -111,6 +112,15 @@ def attach(app: AsgiApp, config: ServingConfig) -> None:
     """Put gRPC beside an application, unless the settings say that there is none."""
     if config.rpc_port >= 0:
         app.beside = RpcServer(app, config.host, config.rpc_port, max_body_bytes=config.max_body_bytes)
+
+
+def _headers(context: Any) -> list[tuple[bytes, bytes]]:
+    """A call's metadata as the routes know it, with what is left of its deadline."""
+    pairs = [(name, value) for name, value in context.invocation_metadata() if name != TIMEOUT_HEADER]
+    left_s = context.time_remaining()
+    if left_s is not None and 0 < left_s < MAX_TIMEOUT_S:  # a client without a deadline has one of centuries
+        pairs.append((TIMEOUT_HEADER, f"{1e3 * left_s:.3f}"))
+    return [(name.encode(), value if isinstance(value, bytes) else value.encode()) for name, value in pairs]
 
 
 def _detail(response: Response) -> str:

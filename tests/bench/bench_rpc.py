@@ -1,4 +1,4 @@
-"""Calls over gRPC and over HTTP to one replica on loopback: ``python tests/bench/bench_rpc.py``.
+"""Calls over gRPC and over HTTP to one replica on loopback: ``python -m tests.bench.bench_rpc``.
 
 Serves a small risk model with ``deepseek-ray serve``, calls it with ``deepseek_ray.client.Client`` over either way in
 turns, and prints the median over the rounds.

@@ -160,6 +160,23 @@ def test_a_deadline_ends_the_call_and_what_waits_is_not_done(made: Rig, service:
     assert made.log.by_transaction(["t1", "t2", "t3"]).keys() == {"t1", "t3"}
 
 
+@pytest.mark.parametrize("way", ["grpc", "http"])
+def test_the_routes_hear_of_the_deadline(made: Rig, way: str) -> None:
+    seen: list[float] = []
+    answer = made.app.answer
+
+    async def listening(scope: Any, receive: Any) -> Any:
+        seen.extend(float(value) for name, value in scope["headers"] if name == b"x-request-timeout-ms")
+        return await answer(scope, receive)
+
+    made.app.answer = listening  # type: ignore[method-assign]
+    with served(made.app, rpc=way == "grpc") as service, client(service.http_address) as caller:
+        seen.clear()
+        caller.call("risk.model", timeout_s=3)
+    assert len(seen) == 1
+    assert 1_000 < seen[0] <= 3_100  # gRPC rounds up
+
+
 def test_a_full_queue_is_tried_again_only_within_the_deadline(tmp_path: Path) -> None:
     with rig(tmp_path, max_queued=1) as made, served(made.app) as service, client(service.http_address) as caller:
         made.batcher._queued = 5  # as if others waited
