@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_ray.errors import EnvironmentProblemError
-from serve_apps import ingress, risk, terminal
+from deepseek_ray.config import build_config
+from deepseek_ray.errors import EnvironmentProblemError, ModelFormatError, RegistryUnavailableError
+from serve_apps import ingress, model, risk, serve, terminal
 
 
 def test_a_taken_port_is_refused_with_a_fix() -> None:
@@ -41,3 +42,32 @@ def test_settings_come_from_preset_file_and_command_line(tmp_path: Path) -> None
     options = risk._parser().parse_args(arguments)
     config, _ = terminal.settings_of(options)
     assert (config.serving.port, config.serving.max_batch_size) == (81, 3)
+
+
+def test_serve_without_a_model_is_the_risk_service_and_with_one_a_model_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in (risk, model):
+        monkeypatch.setattr(program, "main", lambda given, name=program.__name__: [name, given])
+    assert serve.main(["--port", "81"]) == ["serve_apps.risk", ["--port", "81"]]
+    given = ["--port", "81", "models:/risk@champion", "--device", "cpu"]
+    assert serve.main(given) == ["serve_apps.model", given]
+
+
+def test_a_model_that_is_not_there_stops_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_API_KEY", "a key that is long enough")
+    monkeypatch.setattr(ingress, "prepare", lambda host, port: None)
+    with pytest.raises(ModelFormatError, match="There is no folder"):
+        model.main([str(tmp_path / "nowhere"), "--port", "0"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/absent.db")
+    with pytest.raises(RegistryUnavailableError, match=r"absent\.db"):
+        model.main(["models:/risk@champion", "--port", "0"])
+    with pytest.raises(EnvironmentProblemError, match="does not exist"):
+        model.main(["models:/risk@champion", "--run", str(tmp_path / "nowhere"), "--port", "0"])
+
+
+def test_free_ports_are_chosen_once_and_differ() -> None:
+    chosen = terminal.with_ports(build_config({"serving": {"port": 0, "rpc_port": 0}})).serving
+    assert 0 < chosen.port != chosen.rpc_port > 0
+    fixed = build_config({"serving": {"port": 81, "rpc_port": -1}})
+    assert terminal.with_ports(fixed) == fixed
