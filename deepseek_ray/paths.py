@@ -71,6 +71,11 @@ class RunPaths:
         return self.root / "predictions"
 
     @property
+    def serving(self) -> Path:
+        """What the service keeps for itself: last good version, scores of the shadow."""
+        return self.root / "serving"
+
+    @property
     def checkpoints(self) -> Path:
         """Training checkpoints."""
         return self.root / "checkpoints"

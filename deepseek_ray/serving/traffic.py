@@ -18,9 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deepseek_ray.errors import ConfigError
 
 DEFAULT_STEPS = (1.0, 5.0, 25.0, 100.0)
+MAX_PAST = 8
+"""Earlier steps that a policy remembers."""
 _SPACE = float(1 << 64)
 _SALT_BYTES = 16
 
+Alias = Literal["canary", "challenger"]
 Version = str
 
 
@@ -35,7 +38,7 @@ class Arm(_Part):
     until a person or a program sets it anew.
     """
 
-    alias: Literal["canary", "challenger"]
+    alias: Alias
     version: Version = Field(pattern=r"^[0-9]{1,9}$")
     percent: float = Field(gt=0, le=100, allow_inf_nan=False)
 
@@ -72,6 +75,19 @@ class Limits(_Part):
     min_scores: int = Field(500, ge=50, description="scores of each side before they are compared")
 
 
+class Step(_Part):
+    """What the split was from a moment on; labels of its decisions still come in."""
+
+    since_us: int = Field(ge=0)
+    arms: tuple[Arm, ...]
+
+    def share(self, alias: str) -> float:
+        """Share of an arm's cards in those of arm and champion together, 0-1."""
+        percent = next((arm.percent for arm in self.arms if arm.alias == alias), 0.0)
+        rest = 100.0 - sum(arm.percent for arm in self.arms)
+        return percent / (percent + rest) if percent else 0.0
+
+
 class TrafficPolicy(_Part):
     """One rollout.
 
@@ -80,6 +96,7 @@ class TrafficPolicy(_Part):
         shadow: scores beside the others, or None.
         schedule: how the arm grows by itself; None: only on command.
         salt: key of the hash; another one draws other cards.
+        past: the split's earlier steps, as long as arms only grew.
         revision: number of the move that made this policy, given by the registry.
         since_us: when it was made.
     """
@@ -89,6 +106,7 @@ class TrafficPolicy(_Part):
     schedule: Schedule | None = None
     limits: Limits = Limits()
     salt: str = Field(default_factory=lambda: secrets.token_hex(8), pattern=r"^[0-9a-f]{1,32}$")
+    past: tuple[Step, ...] = ()
     revision: int = Field(0, ge=0)
     since_us: int = Field(default_factory=lambda: time.time_ns() // 1_000, ge=0)
 
@@ -111,7 +129,7 @@ class TrafficPolicy(_Part):
             ConfigError: it is no policy; the message names field and value.
         """
         if not text:
-            return cls(salt="0", since_us=0)
+            return NO_TRAFFIC
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -137,14 +155,43 @@ class TrafficPolicy(_Part):
             return None
         return next((step for step in self.schedule.steps if step > self.arms[0].percent), None)
 
-    def grown(self, percent: float) -> TrafficPolicy:
-        """The same policy with its one arm at another percentage, from now on."""
-        arm = self.arms[0].model_copy(update={"percent": percent})
-        return self.model_copy(update={"arms": (arm,), "since_us": time.time_ns() // 1_000})
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The past steps and the present one."""
+        return (*self.past, Step(since_us=self.since_us, arms=self.arms))
 
-    def without_arms(self) -> TrafficPolicy:
-        """Everything back to the champion, from now on; a shadow goes on."""
-        return TrafficPolicy(shadow=self.shadow, limits=self.limits, salt=self.salt, revision=self.revision)
+    def grown(self, percent: float) -> TrafficPolicy:
+        """The next policy: the one arm at a larger percentage."""
+        arm = self.arms[0].model_copy(update={"percent": percent})
+        return self.followed_by(
+            TrafficPolicy(arms=(arm,), shadow=self.shadow, schedule=self.schedule, limits=self.limits)
+        )
+
+    def followed_by(self, after: TrafficPolicy) -> TrafficPolicy:
+        """``after`` as the next revision: where arms only grow, they keep their cards and what is known of them."""
+        known: dict[str, object] = {"revision": self.revision + 1}
+        if _only_grows(self.arms, after.arms):
+            known |= {"salt": self.salt, "past": self.steps[-MAX_PAST:]}
+        return after.model_copy(update=known)
+
+    def without(self, alias: str) -> TrafficPolicy:
+        """The next policy: an arm's cards back to the champion; the shadow goes on, the schedule does not."""
+        arms = tuple(arm for arm in self.arms if arm.alias != alias)
+        rest = TrafficPolicy(arms=arms, shadow=self.shadow, limits=self.limits, salt=self.salt)
+        return rest.model_copy(update={"revision": self.revision + 1})
+
+
+NO_TRAFFIC = TrafficPolicy(salt="0", since_us=0)
+"""The champion answers everyone."""
+
+
+def _only_grows(before: Sequence[Arm], after: Sequence[Arm]) -> bool:
+    earlier = {(arm.alias, arm.version): arm.percent for arm in before}
+    return (
+        bool(earlier)
+        and earlier.keys() == {(arm.alias, arm.version) for arm in after}
+        and all(arm.percent >= earlier[arm.alias, arm.version] for arm in after)
+    )
 
 
 class Split:

@@ -77,11 +77,28 @@ def test_text_that_is_no_policy_is_refused() -> None:
         TrafficPolicy.parse("{")
 
 
-def test_the_schedule_climbs_and_a_withdrawal_keeps_the_shadow() -> None:
-    policy = TrafficPolicy(arms=(arm(1),), schedule=Schedule(), shadow=Shadow(version="4"), limits=Limits(max_psi=1))
+def test_the_schedule_climbs_and_remembers_its_steps() -> None:
+    policy = TrafficPolicy(arms=(arm(1),), schedule=Schedule(), limits=Limits(max_psi=1))
     seen = [policy]
     while (percent := seen[-1].next_percent) is not None:
         seen.append(seen[-1].grown(percent))
-    assert [one.arms[0].percent for one in seen] == [1, 5, 25, 100]
-    back = seen[1].without_arms()
-    assert (back.arms, back.shadow, back.schedule, back.limits) == ((), policy.shadow, None, policy.limits)
+    assert [(one.arms[0].percent, one.revision) for one in seen] == [(1, 0), (5, 1), (25, 2), (100, 3)]
+    assert {one.salt for one in seen} == {policy.salt}
+    assert [step.share("canary") for step in seen[-1].steps] == [0.01, 0.05, 0.25, 1.0]
+    assert TrafficPolicy.parse(seen[-1].model_dump_json()) == seen[-1]
+
+
+def test_another_version_or_a_smaller_share_begins_anew() -> None:
+    policy = TrafficPolicy(arms=(arm(25),))
+    for after in (TrafficPolicy(arms=(arm(25, version="3"),)), TrafficPolicy(arms=(arm(5),))):
+        begun = policy.followed_by(after)
+        assert (begun.past, begun.revision) == ((), 1)
+        assert begun.salt != policy.salt
+
+
+def test_a_withdrawn_arm_leaves_the_other_and_the_shadow() -> None:
+    policy = TrafficPolicy(arms=(arm(5), arm(20, "challenger", "3")), shadow=Shadow(version="4"), revision=7)
+    back = policy.without("canary")
+    assert [one.alias for one in back.arms] == ["challenger"]
+    assert (back.shadow, back.salt, back.revision) == (policy.shadow, policy.salt, 8)
+    assert policy.steps[0].share("canary") == pytest.approx(5 / 80)
