@@ -71,9 +71,14 @@ class RunPaths:
         return self.root / "predictions"
 
     @property
-    def serving(self) -> Path:
-        """What the service keeps for itself: last good version, scores of the shadow."""
-        return self.root / "serving"
+    def last_good(self) -> Path:
+        """Copy of the version that served last."""
+        return self.root / "serving" / "last_good"
+
+    @property
+    def shadow_scores(self) -> Path:
+        """SQLite table of what the shadow scored."""
+        return self.root / "serving" / "shadow.db"
 
     @property
     def checkpoints(self) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
+from deepseek_ray.errors import RegistryUnavailableError
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.auth import generate_key, load_key
 from serve_apps import ingress
@@ -49,8 +50,14 @@ def _check_champion(paths: RunPaths, config: Config) -> None:
     """Report a missing registry or champion here, where the message is short, and not from the replica."""
     from deepseek_ray.registry import Registry
     from deepseek_ray.serving.champion import champion_version
+    from deepseek_ray.serving.last_good import LastGood
 
-    champion_version(Registry.open(paths, config.stores, name=config.model_name, create=False))
+    try:
+        champion_version(Registry.open(paths, config.stores, name=config.model_name, create=False))
+    except RegistryUnavailableError as error:
+        if not LastGood(paths.last_good).exists():
+            raise
+        print(f"the version that served last is served again: {error}", file=sys.stderr, flush=True)
 
 
 def _stop_signal() -> threading.Event:

@@ -59,6 +59,7 @@ class Service:
         refused: why the registry's champion is not the version that serves, or "".
         healthy: False when the service should get no traffic.
         shutdown: called once when the server stops.
+        standing: the arms beside the champion, and how this replica came to its version.
     """
 
     batcher: Batcher[Command, Result]
@@ -70,6 +71,7 @@ class Service:
     healthy: Callable[[], bool]
     shutdown: Callable[[], None]
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
+    standing: Callable[[], dict[str, Any]] = dict
 
 
 Handler = Callable[[Scope, Receive], Awaitable[Response]]
@@ -155,7 +157,8 @@ class RiskApp:
         return _json(_describe(live, self._service.refused()))
 
     async def _model(self, scope: Scope, receive: Receive) -> Response:
-        return _json(_describe(self._service.live(), self._service.refused()))
+        service = self._service
+        return _json(_describe(service.live(), service.refused()) | service.standing())
 
     async def _healthz(self, scope: Scope, receive: Receive) -> Response:
         return _json({"status": "alive"})

@@ -1,4 +1,4 @@
-"""What the prediction log says about the arms of a policy, step by step. A restart of the service forgets none of it."""
+"""What the prediction log says about a policy's arms, step by step: a restart of the service forgets none of it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
@@ -32,6 +32,7 @@ NO_CALLS = CallCounts(0, 0, ())
 class Move:
     """A move that the registry has yet to hear of."""
 
+    arm: LiveArm
     before: str
     after: TrafficPolicy
     action: str
@@ -142,7 +143,7 @@ class Rollout:
         for alias in sorted(gone):
             after = after.without(alias)
         summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> 0 %"
-        self._pending = Move(plan.text, after, "rollback", verdict.cause, verdict.why, summary)
+        self._pending = Move(arm, plan.text, after, "rollback", verdict.cause, verdict.why, summary)
         self._metrics.moves.labels("rollback", verdict.cause).inc()
 
     def _is_due(self, policy: TrafficPolicy, step: StepRecord) -> bool:
@@ -155,7 +156,7 @@ class Rollout:
         percent = plan.policy.next_percent
         assert percent is not None
         summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> {percent:g} %"
-        self._pending = Move(plan.text, plan.policy.grown(percent), "advance", "schedule", "healthy", summary)
+        self._pending = Move(arm, plan.text, plan.policy.grown(percent), "advance", "schedule", "healthy", summary)
 
     def _tell(self) -> None:
         """Write the pending move; it stays pending while the registry is away."""
@@ -173,13 +174,24 @@ class Rollout:
             )
         except RegistryUnavailableError:
             raise
-        except RegistryError as error:  # somebody else moved the traffic: theirs counts
+        except RegistryError as error:
             logger.warning("%s was not written: %s", move.summary, error)
-        else:
-            logger.info("traffic: %s (%s)", move.summary, move.why)
-            if move.action == "advance":
-                self._metrics.moves.labels("advance", move.cause).inc()
+            self._pending = self._again(move)
+            return
+        logger.info("traffic: %s (%s)", move.summary, move.why)
+        if move.action == "advance":
+            self._metrics.moves.labels("advance", move.cause).inc()
         self._pending = None
+
+    def _again(self, move: Move) -> Move | None:
+        """Somebody else moved the traffic first: theirs counts, but not where it lets a withdrawn arm go on."""
+        text = self._book().read()
+        policy = TrafficPolicy.parse(text)
+        pinned = {(arm.alias, arm.version) for arm in policy.arms}
+        if move.action != "rollback" or (move.arm.alias, move.arm.live.version) not in pinned:
+            return None
+        self._withdrawn = (text, frozenset({move.arm.alias}))
+        return replace(move, before=text, after=policy.without(move.arm.alias))
 
     def _run(self) -> None:
         failing = False

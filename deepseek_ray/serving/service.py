@@ -17,16 +17,22 @@ from deepseek_ray.data.state import StateStore
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.logs import get_logger
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.registry import Registry
+from deepseek_ray.registry import Registry, TrafficBook, VersionInfo
 from deepseek_ray.serving.app import RiskApp, Service
+from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
-from deepseek_ray.serving.champion import ChampionWatcher, InputContract, contract_of, load_champion, to_live, warm_up
+from deepseek_ray.serving.champion import InputContract, contract_of, to_live, warm_up
 from deepseek_ray.serving.commands import Command, Result
 from deepseek_ray.serving.compaction import Compactor
+from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.rollout import Rollout
+from deepseek_ray.serving.shadow import ShadowScorer
+from deepseek_ray.serving.standing import standing_of
+from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)
@@ -47,14 +53,14 @@ class RiskService:
     Args:
         paths: the run whose registry, feature store and log are used.
         key: the API key.
-        registry: the registry, open.
+        registry: the registry, open, or what opens it: it may be away while a last good version is kept.
         store: where feature states live.
         declaration: the feature declaration that the store's run was set up with.
         config: limits.
 
     Raises:
-        RegistryError: there is no champion, or the registry does not answer.
-        ModelFormatError: the champion's files are altered.
+        RegistryError: there is no champion, or the registry does not answer, and no last good version is kept.
+        ModelFormatError: the champion's files are altered, and no last good version is kept.
         FeatureError: the champion reads a vector that this code does not compute.
         EnvironmentProblemError: the prediction log cannot be used.
     """
@@ -62,15 +68,18 @@ class RiskService:
     def __init__(
         self,
         paths: RunPaths,
-        registry: Registry,
+        registry: Registry | Callable[[], Registry],
         store: StateStore,
         declaration: windows.Declaration,
         config: ServingConfig,
         key: str,
     ) -> None:
         torch.set_num_threads(1)  # rows are few: more threads only wait for each other
-        info, model = load_champion(registry)
+        find = registry if callable(registry) else lambda: registry
+        self.last_good = LastGood(paths.last_good)
+        info, model, self.fallback = start_version(find, self.last_good)
         contract = contract_of(info, model, declaration)
+        self._paths = paths
         self.monitor = Monitor()
         self.log = PredictionLog(paths.prediction_log)
         self.features = LiveFeatures(_engine_maker(declaration, contract), store)
@@ -87,21 +96,24 @@ class RiskService:
             after=self.predictor.settle,
         )
         self.monitor.watch_queue(lambda: self.batcher.queued)
-        self.watcher = self._watcher(registry, contract, config.poll_registry_s)
+        self._accompany(find, contract, config)
         self.compactor = Compactor(paths, config.compact_every_s, self._archived)
         self.app = RiskApp(self._service(config), ApiKey(key))
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
     def start(self) -> None:
-        """Follow the registry, and compact the log on its schedule."""
+        """Follow the registry, judge the arms, and compact the log on its schedule."""
         self.watcher.start()
+        self.rollout.start()
         self.compactor.start()
 
     def close(self) -> None:
         """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
         self.watcher.close()
+        self.rollout.close()
         self.compactor.close()
         self.batcher.close()
+        self.shadow.close()
         self.predictor.close()
 
     def _rehearse(self) -> None:
@@ -113,16 +125,26 @@ class RiskService:
     def _archived(self, last: int) -> None:
         self.predictor.archived = last  # the worker drops the vectors: it alone writes to the log
 
-    def _watcher(self, registry: Registry, contract: InputContract, poll_s: float) -> ChampionWatcher:
-        return ChampionWatcher(
-            registry,
-            contract,
-            live=lambda: self.predictor.live,
-            swap=self.predictor.swap,
-            threshold=self.log.threshold,
-            monitor=self.monitor,
-            poll_s=poll_s,
+    def _accompany(self, find: Callable[[], Registry], contract: InputContract, config: ServingConfig) -> None:
+        """What follows the registry and the arms, each on a thread of its own."""
+        self.arm_metrics = arms = ArmMetrics(self.monitor.registry)
+        arms.fallback.set(bool(self.fallback))
+        self.shadow = ShadowScorer(lambda: self.predictor.plan.shadow, self._paths.shadow_scores, arms)
+        self.predictor.witness = self.shadow.offer
+        self.rollout = Rollout(self.predictor, lambda: TrafficBook(find()), self.log.path, arms)
+        hooks = Hooks(self.log.threshold, self.rollout.withdrawn, self._served)
+        self.watcher = RegistryWatcher(
+            find, contract, self.predictor, hooks, monitor=self.monitor, metrics=arms, poll_s=config.poll_registry_s
         )
+
+    def _served(self, info: VersionInfo) -> None:
+        """Keep a copy of the champion that serves."""
+        self.fallback = ""
+        self.arm_metrics.fallback.set(0)
+        try:
+            self.last_good.keep(info)
+        except OSError as error:
+            logger.error("version %s serves, but no copy of it could be kept: %s", info.version, error)
 
     def _service(self, config: ServingConfig) -> Service:
         return Service(
@@ -132,9 +154,24 @@ class RiskService:
             max_body_bytes=config.max_body_bytes,
             live=lambda: self.predictor.live,
             refused=lambda: self.watcher.refused,
+            standing=lambda: standing_of(self.predictor.plan, self.watcher, self.rollout, self.fallback),
             healthy=lambda: self.predictor.healthy,
             shutdown=self.close,
         )
+
+
+class Reopening:
+    """Opens the registry when it is first asked for, and again as long as it is away."""
+
+    def __init__(self, open_registry: Callable[[], Registry]) -> None:
+        self._open = open_registry
+        self._registry: Registry | None = None
+
+    def __call__(self) -> Registry:
+        """The open registry; raises like ``Registry.open``."""
+        if self._registry is None:
+            self._registry = self._open()
+        return self._registry
 
 
 def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
@@ -147,7 +184,7 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     """
     config = Config.model_validate(settings)
     paths = RunPaths(Path(run)).create()
-    registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
+    registry = Reopening(lambda: Registry.open(paths, config.stores, name=config.model_name, create=False))
     store = FeatureClient(paths, config.stores.online_store)
     service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
     service.start()
