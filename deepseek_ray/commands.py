@@ -40,7 +40,8 @@ def history(options: argparse.Namespace) -> int:
         print(json.dumps({"aliases": aliases, **shown}, indent=2))
         return 0
     print(", ".join(f"{alias}: version {number}" for alias, number in sorted(aliases.items())) or "no version is named")
-    for entry in sorted([*entries, *moves], key=lambda one: one.at):
+    lines: list[AuditEntry | TrafficMove] = [*entries, *moves]
+    for entry in sorted(lines, key=lambda one: one.at):
         if isinstance(entry, TrafficMove):
             print(told(entry))
             continue

@@ -64,6 +64,7 @@ def set_traffic(options: argparse.Namespace) -> int:
     if len(fields["arms"]) == 1 or options.schedule:
         fields["schedule"] = schedule
     after = before.followed_by(TrafficPolicy.make(**fields))
+    _point(registry, after, options.note)
     book.move(
         text, after.model_dump_json(), action="set", who=_who(), why=options.note, summary=_summary(before, after)
     )
@@ -114,7 +115,7 @@ def _arms(
         alias, percent = found["alias"], _percent(found["percent"], text, schedule)
         arms.pop(alias, None)
         if percent:
-            version = _version(registry, alias, found["version"], options.note)
+            version = _version(registry, alias, found["version"])
             arms[alias] = {"alias": alias, "version": version, "percent": percent}
     return list(arms.values())
 
@@ -137,11 +138,11 @@ def _shadow(options: argparse.Namespace, registry: Registry, before: TrafficPoli
         return None
     if not str(options.shadow).isdigit():
         raise ConfigError(f"--shadow {options.shadow!r} is no version.", fix="give a number, or 'off'")
-    return {"alias": SHADOW, "version": _version(registry, SHADOW, options.shadow, options.note)}
+    return {"alias": SHADOW, "version": _version(registry, SHADOW, options.shadow)}
 
 
-def _version(registry: Registry, alias: str, number: str | None, why: str) -> str:
-    """The version that an alias names, set to ``number`` first where one is given; loaded and checked.
+def _version(registry: Registry, alias: str, number: str | None) -> str:
+    """The version of that number, else the one that the alias names; loaded and checked.
 
     Raises:
         RegistryError: nothing is named, ``challenger`` names another one, or it does not read what is served.
@@ -156,9 +157,17 @@ def _version(registry: Registry, alias: str, number: str | None, why: str) -> st
         raise RegistryError(f"No version is named {alias!r}.", fix=f"name one: {alias}@VERSION=PERCENT")
     info = registry.get(number or str(named))
     _check_contract(registry, info)
-    if info.version != named:
-        TrafficBook(registry).point(alias, info.version, who=_who(), why=why)
     return info.version
+
+
+def _point(registry: Registry, policy: TrafficPolicy, why: str) -> None:
+    """Let the aliases name what the policy pins."""
+    pinned: dict[str, str] = {arm.alias: arm.version for arm in policy.arms}
+    if policy.shadow is not None:
+        pinned[policy.shadow.alias] = policy.shadow.version
+    for alias, version in pinned.items():
+        if registry.version_of(alias) != version:
+            TrafficBook(registry).point(alias, version, who=_who(), why=why)
 
 
 def _check_contract(registry: Registry, info: VersionInfo) -> None:

@@ -45,7 +45,7 @@ class FakeRegistry:
     infos: dict[str, Info] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     traffic: str = ""
-    moves: list[TrafficMove] = field(default_factory=list)
+    moved: list[TrafficMove] = field(default_factory=list)
     away: bool = False
     name: str = "risk"
 
@@ -63,7 +63,10 @@ class FakeRegistry:
 
     def get(self, version: str) -> Info:
         self._answer()
-        return self.infos[version]
+        number = self.aliases.get(version, version)
+        if number not in self.infos:
+            raise RegistryError(f"no version or alias {version!r}")
+        return self.infos[number]
 
     def read(self) -> str:
         return self.standing().traffic
@@ -72,9 +75,16 @@ class FakeRegistry:
         if self.read() != before:
             raise RegistryError("moved by somebody else")
         self.traffic = after
-        self.moves.append(
+        self.moved.append(
             TrafficMove(name="risk", action=action, who=who, why=why, summary=summary, before=before, after=after)
         )
+
+    def moves(self) -> list[TrafficMove]:
+        return self.moved
+
+    def point(self, alias: str, version: str, *, who: str, why: str) -> Info:
+        self.aliases[alias] = version
+        return self.get(version)
 
     def _answer(self) -> None:
         if self.away:

@@ -73,7 +73,7 @@ class Trial(Rig):
         assert isinstance(self.predictor.run([FeedbackCommand(items)])[0], FeedbackResult)
 
     def moved(self) -> list[tuple[str, str, str]]:
-        return [(move.action, move.who, move.summary) for move in self.registry.moves]
+        return [(move.action, move.who, move.summary) for move in self.registry.moved]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_failing_calls_take_the_traffic_back(trial: Trial) -> None:
     assert {version for _ in range(5) for version, _ in trial.score(20)} == {"1"}
     trial.rollout.tick()
     assert trial.moved() == ROLLED_BACK
-    assert "5 of 5 model calls failed" in trial.registry.moves[0].why
+    assert "5 of 5 model calls failed" in trial.registry.moved[0].why
 
 
 def test_slow_calls_take_the_traffic_back(trial: Trial) -> None:
@@ -114,7 +114,7 @@ def test_slow_calls_take_the_traffic_back(trial: Trial) -> None:
         trial.predictor.plan.arms[0].tally.answered(1, 0.2)
     trial.rollout.tick()
     assert trial.moved() == ROLLED_BACK
-    assert "p99" in trial.registry.moves[0].why
+    assert "p99" in trial.registry.moved[0].why
 
 
 def test_shifted_scores_take_the_traffic_back(trial: Trial) -> None:
@@ -122,7 +122,7 @@ def test_shifted_scores_take_the_traffic_back(trial: Trial) -> None:
     trial.score(600)
     trial.rollout.tick()
     assert trial.moved() == ROLLED_BACK
-    assert "PSI" in trial.registry.moves[0].why
+    assert "PSI" in trial.registry.moved[0].why
 
 
 def test_missed_frauds_take_the_traffic_back_and_the_old_answers_stay(trial: Trial) -> None:
@@ -132,7 +132,7 @@ def test_missed_frauds_take_the_traffic_back_and_the_old_answers_stay(trial: Tri
     trial.label(ours[:50] + theirs[:12], is_fraud=True)
     trial.rollout.tick()
     assert trial.moved() == ROLLED_BACK
-    assert "missed fraud" in trial.registry.moves[0].why
+    assert "missed fraud" in trial.registry.moved[0].why
     assert TrafficPolicy.parse(trial.registry.traffic).arms == ()
     assert {version for version, _ in trial.score(50)} == {"1"}
     assert b'traffic_moves_total{action="rollback",cause="quality"} 1.0' in trial.monitor.render()
