@@ -35,6 +35,8 @@ from deepseek_ray.serving.commands import (
     ScoreCommand,
     ScoreResult,
     Served,
+    TaskCommand,
+    TaskResult,
     ThresholdCommand,
 )
 from deepseek_ray.serving.monitor import Monitor
@@ -119,10 +121,27 @@ class Predictor:
                 results[index] = _attempt(self._label, command)
             elif isinstance(command, ThresholdCommand):
                 results[index] = _attempt(self._set_threshold, command)
+            elif isinstance(command, TaskCommand):
+                results[index] = _attempt(_work, command)
         if scores:
             for (index, _), outcome in zip(scores, self._score([c for _, c in scores]), strict=True):
                 results[index] = outcome
         return results
+
+    def hand_over(self, state: FeatureState, take_over: Callable[[], None], live: LiveModel) -> None:
+        """Go on with other features and their version; from within a :class:`TaskCommand` only.
+
+        Args:
+            state: the other features.
+            take_over: brings them up to the end of the log and writes them to their store.
+            live: a version that reads them; the arms, which do not, end.
+        """
+        self._state.flush()
+        take_over()
+        self._state = state
+        self._applied = self._written
+        self.reroute(lambda plan: ArmPlan(live))
+        self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
 
     def flush(self) -> None:
         """Write feature state to its store; on failure it stays in memory and is tried again."""
@@ -338,6 +357,11 @@ def _attempt(work: Callable[[C], Result], command: C) -> Result | Exception:
         return work(command)
     except Exception as error:
         return error
+
+
+def _work(command: TaskCommand) -> TaskResult:
+    command.work()
+    return TaskResult()
 
 
 def _answer(command: ScoreCommand, plan: Plan, rows: Mapping[str, LoggedPrediction]) -> ScoreResult:

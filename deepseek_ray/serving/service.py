@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,16 +15,17 @@ from deepseek_ray.data.events import Transaction
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
-from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.logs import get_logger
+from deepseek_ray.models.risk import RiskModel
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry, TrafficBook, VersionInfo
+from deepseek_ray.serving import handover
 from deepseek_ray.serving.app import RiskApp, Service
 from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.champion import InputContract, contract_of, to_live, warm_up
-from deepseek_ray.serving.commands import Command, Result
+from deepseek_ray.serving.commands import Command, LiveModel, Result, TaskCommand
 from deepseek_ray.serving.compaction import Compactor
 from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
@@ -57,6 +59,7 @@ class RiskService:
         store: where feature states live.
         declaration: the feature declaration that the store's run was set up with.
         config: limits.
+        online_store: address of the store, "" for the run's own.
 
     Raises:
         RegistryError: there is no champion, or the registry does not answer, and no last good version is kept.
@@ -73,16 +76,21 @@ class RiskService:
         declaration: windows.Declaration,
         config: ServingConfig,
         key: str,
+        *,
+        online_store: str = "",
     ) -> None:
         torch.set_num_threads(1)  # rows are few: more threads only wait for each other
         find = registry if callable(registry) else lambda: registry
         self.last_good = LastGood(paths.last_good)
         info, model, self.fallback = start_version(find, self.last_good)
         contract = contract_of(info, model, declaration)
-        self._paths = paths
+        self._paths, self._store, self._declaration, self._contract = paths, store, declaration, contract
+        self._online_store = online_store
         self.monitor = Monitor()
         self.log = PredictionLog(paths.prediction_log)
-        self.features = LiveFeatures(_engine_maker(declaration, contract), store)
+        if (before := self.log.last_service()) not in ("", contract.vector.service):
+            handover.prepare(paths, self._wanted(contract, before))
+        self.features = LiveFeatures(handover.engine_maker(declaration, contract), store)
         self.recovered = self.features.recover(self.log)
         warm_up(model)
         self._rehearse()
@@ -132,10 +140,44 @@ class RiskService:
         self.shadow = ShadowScorer(lambda: self.predictor.plan.shadow, self._paths.shadow_scores, arms)
         self.predictor.witness = self.shadow.offer
         self.rollout = Rollout(self.predictor, lambda: TrafficBook(find()), self.log.path, arms)
-        hooks = Hooks(self.log.threshold, self.rollout.withdrawn, self._served)
+        hooks = Hooks(self.log.threshold, self.rollout.withdrawn, self._served, self._hand_over)
         self.watcher = RegistryWatcher(
             find, contract, self.predictor, hooks, monitor=self.monitor, metrics=arms, poll_s=config.poll_registry_s
         )
+
+    def _wanted(self, contract: InputContract, before: str) -> handover.Wanted:
+        return handover.Wanted(
+            vector=contract.vector.name,
+            sequence_len=contract.sequence_len,
+            label_delay_days=contract.label_delay_days,
+            before=before,
+            online_store=self._online_store,
+        )
+
+    def _hand_over(self, info: VersionInfo, model: RiskModel, live: LiveModel) -> InputContract:
+        """Let a champion serve that reads other features; in the watcher's thread.
+
+        Raises:
+            FeatureError: this code does not compute them, or their states could not be prepared.
+        """
+        before, contract = self._contract, contract_of(info, model, self._declaration)
+        handover.check(before, contract)
+        features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store)
+        since = None
+        if contract.vector.service != before.vector.service:
+            since = handover.prepare_aside(self._paths, self._wanted(contract, before.vector.service))
+
+        def take_over() -> None:
+            if since is not None:
+                features.replay(self.log, since)
+
+        def work() -> None:
+            self.predictor.hand_over(features, take_over, live)
+            self.features, self._contract = features, contract
+
+        asyncio.run(self.batcher.submit(TaskCommand(work), weight=0))
+        logger.info("version %s reads %s: handed over", info.version, contract.vector.service)
+        return contract
 
     def _served(self, info: VersionInfo) -> None:
         """Keep a copy of the champion that serves."""
@@ -186,19 +228,8 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     paths = RunPaths(Path(run)).create()
     registry = Reopening(lambda: Registry.open(paths, config.stores, name=config.model_name, create=False))
     store = FeatureClient(paths, config.stores.online_store)
-    service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
+    service = RiskService(
+        paths, registry, store, store.declaration(), config.serving, key, online_store=config.stores.online_store
+    )
     service.start()
     return service.app
-
-
-def _engine_maker(declaration: windows.Declaration, contract: InputContract) -> Callable[[StateStore], StreamEngine]:
-    def make(store: StateStore) -> StreamEngine:
-        return StreamEngine(
-            declaration,
-            contract.vector,
-            store,
-            label_delay_days=contract.label_delay_days,
-            sequence_len=contract.sequence_len,
-        )
-
-    return make

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deepseek_ray.errors import ConfigError, ModelFormatError, RegistryError, RegistryUnavailableError
+from deepseek_ray.errors import ConfigError, FeatureError, ModelFormatError, RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
+from deepseek_ray.models.risk import RiskModel
 from deepseek_ray.registry import CHAMPION, Registry, Standing, VersionInfo
 from deepseek_ray.serving.arm_metrics import ArmMetrics, ArmTally
 from deepseek_ray.serving.arms import ArmPlan, LiveArm
@@ -38,11 +39,14 @@ class Hooks:
         threshold: threshold recorded for a version, or None.
         withdrawn: arms that lost their traffic under the policy of a text.
         served: told each champion that serves, once, in the watcher's thread.
+        hand_over: makes a champion serve that reads other features than the present one, and returns its contract;
+            raises when this service cannot compute them.
     """
 
     threshold: Callable[[str], float | None]
     withdrawn: Callable[[str], frozenset[str]] = lambda text: frozenset()
     served: Callable[[VersionInfo], None] = lambda info: None
+    hand_over: Callable[[VersionInfo, RiskModel, LiveModel], InputContract] | None = None
 
 
 class RegistryWatcher:
@@ -119,19 +123,33 @@ class RegistryWatcher:
             return
         if version == self._refused[0]:
             return
-        loaded = self._predictor.plan.versions.get(version)  # the canary that became champion is here already
         try:
-            info, live = (self._registry().get(version), loaded) if loaded else self._load(version)
-        except (_RefusedError, ModelFormatError) as error:
+            info = self._crown(version)
+        except (_RefusedError, ModelFormatError, FeatureError) as error:
             self._refused = (version, str(error))
             self._monitor.swaps.labels("refused").inc()
             logger.error("%s", error)
             return
-        self._predictor.swap(live)
         self._refused = ("", "")
         self._monitor.swaps.labels("swapped").inc()
         self._confirm(info)
         logger.info("version %s serves now", version)
+
+    def _crown(self, version: str) -> VersionInfo:
+        """Let a version serve as champion; one that reads other features by way of a handover."""
+        if loaded := self._predictor.plan.versions.get(version):  # the canary that became champion is here already
+            self._predictor.swap(loaded)
+            return self._registry().get(version)
+        info, model = load_version(self._registry(), version)
+        refusal = self._contract.refusal(info, model.config.label_delay_days)
+        if refusal and self._hooks.hand_over is None:
+            raise _RefusedError(f"version {version} needs a restart of the service: {refusal}")
+        live = self._live(info, model)
+        if refusal and self._hooks.hand_over is not None:
+            self._contract = self._hooks.hand_over(info, model, live)
+        else:
+            self._predictor.swap(live)
+        return info
 
     def _confirm(self, info: VersionInfo) -> None:
         self._hooks.served(info)
@@ -186,7 +204,7 @@ class RegistryWatcher:
             self.arm_refusals[name] = self._torn[version]
             return None
         try:
-            return loaded.get(version) or self._load(version)[1]
+            return loaded.get(version) or self._load_arm(version)
         except RegistryUnavailableError:
             raise
         except (_RefusedError, ModelFormatError, RegistryError) as error:
@@ -217,14 +235,17 @@ class RegistryWatcher:
         next_plan = replace(plan, policy=policy, text=text, shadow=newest(shadow) if shadow else None)
         return replace(next_plan.with_arms(tuple(arms)), tally=tally if arms else None)
 
-    def _load(self, version: str) -> tuple[VersionInfo, LiveModel]:
+    def _load_arm(self, version: str) -> LiveModel:
         info, model = load_version(self._registry(), version)
         refusal = self._contract.refusal(info, model.config.label_delay_days)
         if refusal:
-            raise _RefusedError(f"version {version} needs a restart of the service: {refusal}")
-        live = to_live(info, model, self._hooks.threshold(version))
+            raise _RefusedError(f"version {version} reads other features than the champion: {refusal}")
+        return self._live(info, model)
+
+    def _live(self, info: VersionInfo, model: RiskModel) -> LiveModel:
+        live = to_live(info, model, self._hooks.threshold(info.version))
         warm_up(model)
-        return info, live
+        return live
 
     def _show(self, policy: TrafficPolicy) -> None:
         plan = self._predictor.plan

@@ -17,12 +17,13 @@ from deepseek_ray.config import ModelConfig, ServingConfig
 from deepseek_ray.data.batch_engine import compute
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_archive import read_predictions
+from deepseek_ray.data.verify import verify_run
 from deepseek_ray.data.windows import load
 from deepseek_ray.errors import RegistryUnavailableError
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
 from deepseek_ray.serving.service import REHEARSAL, Reopening, RiskService
-from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, make_run, register_version
+from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run, register_version
 from tests.unit.test_prediction_log import row
 
 KEY = "a-key-for-the-tests"
@@ -104,7 +105,7 @@ def test_traffic_is_set_shown_and_taken_back_without_a_restart(
     assert main(["registry", "history", *traffic[:2]]) == 0
     shown = capsys.readouterr().out
     assert "80 scored" in shown
-    assert shown.count("canary (version 2) 50 % -> champion 100 %, shadow (version 2)  by ") == 2
+    assert shown.count("canary (version 2) 50 %, shadow (version 2) -> champion 100 %, shadow (version 2)  by ") == 2
 
 
 def test_with_the_registry_away_the_last_good_version_starts_and_follows_it_again(run: ServedRun) -> None:
@@ -124,3 +125,59 @@ def test_with_the_registry_away_the_last_good_version_starts_and_follows_it_agai
     second.watcher.check()
     assert asyncio.run(scored(second, []))[-1]["fallback"] == ""
     second.close()
+
+
+def promote_vector(run: ServedRun, vector: str) -> str:
+    """Make a version champion that reads another vector, of another shape too."""
+    spec = load().vector(vector)
+    features = compute(run.history, spec, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
+    shape = ModelConfig(d_model=8, num_layers=1, num_heads=1, num_experts=4, d_expert=8, num_bins=4)
+    return add_version(run, spec, features, shape, seed=5)
+
+
+def differences(run: ServedRun, vector: str) -> tuple[int, int]:
+    """Served vectors compared with the point-in-time join, and numbers that differ."""
+    found = verify_run(run.paths, vector, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
+    return found.rows, found.num_differences
+
+
+def test_a_champion_that_reads_another_vector_takes_over_without_a_failed_request(run: ServedRun) -> None:
+    service = make_service(run, run.registry)
+    asyncio.run(scored(service, events(0)))
+    version = promote_vector(run, "wide")
+    waits: list[float] = []
+    versions: list[str] = []
+
+    async def story() -> None:
+        done = asyncio.create_task(asyncio.to_thread(service.watcher.check))
+        while not done.done() or not waits:
+            start = time.perf_counter()
+            *answers, _ = await scored(service, events(1_000 + len(waits), 1))
+            waits.append(time.perf_counter() - start)
+            versions.append(answers[0]["model_version"])
+        await done
+
+    asyncio.run(story())
+    *answers, model = asyncio.run(scored(service, events(50_000)))
+    service.close()
+    assert set(versions) == {"1"} or versions == sorted(versions)
+    assert {answer["model_version"] for answer in answers} == {version}
+    assert (model["refused"], model["feature_service"]) == ("", load().vector("wide").service)
+    assert max(waits) < 2
+    assert differences(run, "default")[1] == 0
+    rows, wrong = differences(run, "wide")
+    assert rows >= 40
+    assert wrong == 0
+
+
+def test_a_start_with_another_vector_takes_over_all_that_was_served(run: ServedRun) -> None:
+    first = make_service(run, run.registry)
+    asyncio.run(scored(first, events(0)))
+    first.close()
+    version = promote_vector(run, "wide")
+    second = make_service(run, run.registry)
+    *answers, model = asyncio.run(scored(second, events(500)))
+    second.close()
+    assert ({answer["model_version"] for answer in answers}, model["model_version"]) == ({version}, version)
+    assert all("card" not in answer["cold"] for answer in answers)
+    assert differences(run, "wide") == (40, 0)
