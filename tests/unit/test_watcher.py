@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from deepseek_ray.errors import ModelFormatError
+from deepseek_ray.errors import FeatureError, ModelFormatError
 from deepseek_ray.models import RiskModel
 from deepseek_ray.registry import InputSchema, VersionInfo
 from deepseek_ray.serving.arm_metrics import ArmMetrics
+from deepseek_ray.serving.arms import ArmPlan
 from deepseek_ray.serving.champion import InputContract
+from deepseek_ray.serving.commands import LiveModel
 from deepseek_ray.serving.traffic import Arm, Shadow, TrafficPolicy
 from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
 from tests.unit.registry_parts import FakeRegistry, model
@@ -42,11 +44,18 @@ class Watched(Rig):
             lambda: self.registry,  # type: ignore[arg-type,return-value]
             InputContract(vector, 2, model(NAMES, 2).config.label_delay_days),
             self.predictor,
-            Hooks({"3": 0.25}.get, lambda text: self.gone, self._note),
+            Hooks({"3": 0.25}.get, lambda text: self.gone, self._note, self._hand_over),
             monitor=self.monitor,
             metrics=self.metrics,
             poll_s=0.01,
         )
+
+    def _hand_over(self, info: VersionInfo, net: RiskModel, live: LiveModel) -> InputContract:
+        if info.schema.feature_digest != "d2":
+            raise FeatureError(f"cannot compute digest {info.schema.feature_digest}", fix="another commit")
+        vector: Any = SimpleNamespace(service="risk_v1", digest="d2")
+        self.predictor.reroute(lambda plan: ArmPlan(live))
+        return InputContract(vector, info.schema.sequence_len, net.config.label_delay_days)
 
     def _note(self, info: VersionInfo) -> None:
         self.served.append(info.version)
@@ -103,8 +112,7 @@ def test_a_new_champion_is_swapped_in_with_its_threshold(watched: Watched) -> No
     [
         ({"content": ModelFormatError("weights are torn")}, "weights are torn"),
         ({"content": object()}, "holds a object"),
-        ({"schema": {"feature_digest": "0" * 64}}, "feature_digest"),
-        ({"schema": {"sequence_len": 9}}, "sequence_len 9 is not 2"),
+        ({"schema": {"feature_digest": "0" * 64}}, "cannot compute digest 000"),
         ({"threshold": "high"}, "threshold = 'high'"),
     ],
 )
@@ -120,6 +128,20 @@ def test_a_champion_that_does_not_fit_is_refused_and_the_old_one_serves(
     watched.registry.aliases["champion"] = "2"
     watched.watcher.check()
     assert watched.watcher.refused == ""
+
+
+def test_a_champion_of_another_contract_is_handed_over_and_arms_must_follow_it(watched: Watched) -> None:
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 50))
+    watched.add("5", schema={"feature_digest": "d2", "sequence_len": 2})
+    watched.watcher.check()
+    assert (watched.predictor.live.version, watched.arms, watched.watcher.refused) == ("5", {}, "")
+    assert (
+        "reads other features than the champion: feature_digest d1 is not d2" in watched.watcher.arm_refusals["canary"]
+    )
+    watched.add("6", schema={"feature_digest": "d2"})
+    watched.watcher.check()
+    assert (watched.predictor.live.version, watched.served) == ("6", ["2", "5", "6"])
 
 
 def test_a_registry_outage_does_not_stop_the_watcher(watched: Watched) -> None:
