@@ -26,12 +26,15 @@ class ArmMetrics:
         self.percent = gauge("arm_percent", "Share of the cards that an arm answers.", *arm)
         self.transactions = counter("arm_transactions", "Transactions answered by an arm.", *arm)
         self.errors = counter("arm_errors", "Model calls of an arm that failed; the champion answered.", *arm)
-        text = "A model call of an arm."
+        text = "A model call of an arm, reasons included."
         self.latency = Histogram("deepseek_ray_arm_call_seconds", text, arm, buckets=_CALL_S, registry=registry)
         self.psi = gauge("arm_score_psi", "Population stability index of an arm's scores against the champion's.", *arm)
         self.evidence = gauge(
             "arm_evidence", "Natural logarithm of the Bayes factor that an arm is worse.", *arm, "test"
         )
+        self.labels = gauge("arm_labels", "Decisions of an arm on its present step whose truth is known.", *arm)
+        text = "Cards that met a mistake of an arm on its present step."
+        self.mistakes = gauge("arm_mistaken_cards", text, *arm, "kind")
         self.moves = counter("traffic_moves", "Moves of the traffic that this service made.", "action", "cause")
         self.refused = gauge("arm_refused", "1 while an arm of the policy cannot serve.", "arm", "version")
         self.fallback = gauge("last_good_serves", "1 while the kept copy of the last good version serves.")

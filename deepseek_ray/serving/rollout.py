@@ -18,7 +18,7 @@ from deepseek_ray.registry import TrafficBook
 from deepseek_ray.serving.arm_evidence import ArmEvidence
 from deepseek_ray.serving.arm_metrics import ArmMetrics, CallCounts
 from deepseek_ray.serving.arms import ArmPlan, LiveArm
-from deepseek_ray.serving.guard import StepRecord, Verdict, judge
+from deepseek_ray.serving.guard import Record, StepRecord, Verdict, judge
 from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.traffic import TrafficPolicy
 
@@ -121,14 +121,17 @@ class Rollout:
         champion_calls = plan.tally.counts() if plan.tally else NO_CALLS
         calls = arm.tally.counts()
         verdict = judge(steps, calls, champion_calls, plan.policy.limits)
-        self._show(arm, verdict)
+        self._show(arm, verdict, steps[-1].arm)
         if verdict.cause:
             self._withdraw(plan, arm, verdict)
         elif self._is_due(plan.policy, steps[-1]):
             self._advance(plan, arm)
         return _report(arm, steps[-1], calls, verdict)
 
-    def _show(self, arm: LiveArm, verdict: Verdict) -> None:
+    def _show(self, arm: LiveArm, verdict: Verdict, record: Record) -> None:
+        self._metrics.labels.labels(arm.alias, arm.live.version).set(record.labels)
+        for kind, cards in record.bad_cards.items():
+            self._metrics.mistakes.labels(arm.alias, arm.live.version, kind).set(len(cards))
         for name, value in verdict.evidence.items():
             self._metrics.evidence.labels(arm.alias, arm.live.version, name).set(value)
         if verdict.psi is not None:

@@ -135,7 +135,9 @@ def test_missed_frauds_take_the_traffic_back_and_the_old_answers_stay(trial: Tri
     assert "missed fraud" in trial.registry.moved[0].why
     assert TrafficPolicy.parse(trial.registry.traffic).arms == ()
     assert {version for version, _ in trial.score(50)} == {"1"}
-    assert b'traffic_moves_total{action="rollback",cause="quality"} 1.0' in trial.monitor.render()
+    shown = trial.monitor.render()
+    assert b'traffic_moves_total{action="rollback",cause="quality"} 1.0' in shown
+    assert b'arm_mistaken_cards{arm="canary",kind="missed_fraud",version="2"} 50.0' in shown
 
 
 def test_the_evidence_survives_a_restart(trial: Trial) -> None:
