@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_ray.config import Config
 from deepseek_ray.errors import ModelFormatError, RegistryError, RegistryUnavailableError
+from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema
 from deepseek_ray.registry.package import Probes, write_package
 from deepseek_ray.serving.last_good import CURRENT, LastGood, start_version
+from serve_apps import risk
 from tests.unit.registry_parts import FakeRegistry, model
 
 SCHEMA = InputSchema(columns=("a", "b"), sequence_len=2, sequence_channels=6, feature_service="s", feature_digest="d")
@@ -60,6 +63,19 @@ def test_an_answering_registry_without_a_champion_is_obeyed(kept: tuple[LastGood
     del registry.aliases["champion"]
     with pytest.raises(RegistryError, match="no champion"):
         start_version(lambda: registry, last_good)  # type: ignore[arg-type,return-value]
+
+
+def test_the_program_starts_without_a_registry_only_where_a_copy_is(
+    tmp_path: Path, package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = RunPaths(tmp_path)
+    with pytest.raises(RegistryUnavailableError, match="does not exist"):
+        risk._check_champion(paths, Config())
+    registry = FakeRegistry()
+    registry.add("7", None, SCHEMA, package)
+    LastGood(paths.last_good).keep(registry.get("7"))
+    risk._check_champion(paths, Config())
+    assert "the version that served last is served again" in capsys.readouterr().err
 
 
 def test_a_torn_copy_is_never_served(kept: tuple[LastGood, FakeRegistry]) -> None:
