@@ -37,6 +37,7 @@ class ArmMetrics:
         self.mistakes = gauge("arm_mistaken_cards", text, *arm, "kind")
         self.moves = counter("traffic_moves", "Moves of the traffic that this service made.", "action", "cause")
         self.refused = gauge("arm_refused", "1 while an arm of the policy cannot serve.", "arm", "version")
+        self.champion_refused = gauge("champion_refused", "1 while the registry's champion cannot serve here.")
         self.fallback = gauge("last_good_serves", "1 while the kept copy of the last good version serves.")
         self.shadow_scored = counter("shadow_transactions", "Transactions scored by the shadow.", "version")
         self.shadow_dropped = counter("shadow_dropped", "Transactions that the full shadow queue did not take.")

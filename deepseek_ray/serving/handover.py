@@ -21,15 +21,16 @@ from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.data.windows import Declaration
-from deepseek_ray.errors import FeatureError
+from deepseek_ray.errors import FeatureError, ServingError
 from deepseek_ray.logs import get_logger
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.paths import RunPaths, exclusive
 from deepseek_ray.serving.champion import InputContract
 from deepseek_ray.serving.live_features import LiveFeatures
 
 logger = get_logger(__name__)
 
 _NICENESS = 10
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,15 @@ def prepare(paths: RunPaths, wanted: Wanted) -> tuple[int, int]:
 
     Raises:
         FeatureError: the run has no feature store.
-        EnvironmentProblemError: the log cannot be read.
+        EnvironmentProblemError: the log cannot be read, or another process prepares the run's states.
     """
+    paths.last_good.parent.mkdir(parents=True, exist_ok=True)
+    problem = f"The states of {str(paths.root)!r} are being prepared by another process."
+    with exclusive(paths.last_good.parent, problem, "wait until it has ended"):  # two would undo each other's writes
+        return _prepare(paths, wanted)
+
+
+def _prepare(paths: RunPaths, wanted: Wanted) -> tuple[int, int]:
     client = FeatureClient(paths, wanted.online_store)
     declaration = client.declaration()
     contract = InputContract(declaration.vector(wanted.vector), wanted.sequence_len, wanted.label_delay_days)
@@ -105,22 +113,35 @@ def prepare(paths: RunPaths, wanted: Wanted) -> tuple[int, int]:
         client.close()
 
 
-def prepare_aside(paths: RunPaths, wanted: Wanted) -> tuple[int, int]:
+def prepare_aside(paths: RunPaths, wanted: Wanted, going: Callable[[], bool] = lambda: True) -> tuple[int, int]:
     """Like :func:`prepare`, in a process of its own: it would hold this one's interpreter for too long.
 
+    Args:
+        going: False ends it.
+
     Raises:
-        FeatureError: it failed.
+        ServingError: it failed, or was ended; it may be tried again.
     """
     command = [sys.executable, "-m", __name__, str(paths.root)]
-    done = subprocess.run(command, input=json.dumps(asdict(wanted)), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        logger.error("the states of %r were not prepared: %s", wanted.vector, done.stderr[-2_000:])
-        raise FeatureError(
-            f"The states of vector {wanted.vector!r} could not be prepared (status {done.returncode}).",
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        given: str | None = json.dumps(asdict(wanted))
+        while True:
+            try:
+                shown, errors = process.communicate(given, timeout=_LOOK_S)
+                break
+            except subprocess.TimeoutExpired:
+                given = None  # it is sent once
+                if not going():
+                    process.kill()
+    if process.returncode != 0:
+        logger.error("the states of %r were not prepared: %s", wanted.vector, errors[-2_000:])
+        raise ServingError(
+            f"The states of vector {wanted.vector!r} could not be prepared (status {process.returncode}).",
             fix="see the service's log",
         )
-    events, labels = json.loads(done.stdout.splitlines()[-1])
-    return int(events), int(labels)
+    last = json.loads(shown.splitlines()[-1])
+    return int(last[0]), int(last[1])
 
 
 def main(arguments: list[str]) -> None:

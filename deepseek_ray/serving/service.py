@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +87,7 @@ class RiskService:
         contract = contract_of(info, model, declaration)
         self._paths, self._store, self._declaration, self._contract = paths, store, declaration, contract
         self._online_store = online_store
+        self._closing = threading.Event()
         self.monitor = Monitor()
         self.log = PredictionLog(paths.prediction_log)
         if (before := self.log.last_service()) not in ("", contract.vector.service):
@@ -117,6 +119,7 @@ class RiskService:
 
     def close(self) -> None:
         """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
+        self._closing.set()
         self.watcher.close()
         self.rollout.close()
         self.compactor.close()
@@ -158,14 +161,16 @@ class RiskService:
         """Let a champion serve that reads other features; in the watcher's thread.
 
         Raises:
-            FeatureError: this code does not compute them, or their states could not be prepared.
+            FeatureError: this code does not compute them.
+            ServingError: their states could not be prepared; it is tried again.
         """
         before, contract = self._contract, contract_of(info, model, self._declaration)
         handover.check(before, contract)
         features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store)
         since = None
         if contract.vector.service != before.vector.service:
-            since = handover.prepare_aside(self._paths, self._wanted(contract, before.vector.service))
+            wanted = self._wanted(contract, before.vector.service)
+            since = handover.prepare_aside(self._paths, wanted, lambda: not self._closing.is_set())
 
         def take_over() -> None:
             if since is not None:

@@ -113,6 +113,7 @@ class RegistryWatcher:
         """
         standing = self._registry().standing()
         self._follow_champion(standing.aliases.get(CHAMPION))
+        self._metrics.champion_refused.set(bool(self.refused))
         self._follow_traffic(standing)
 
     def _follow_champion(self, version: str | None) -> None:
@@ -271,8 +272,8 @@ class RegistryWatcher:
             try:
                 self.check()
                 failing = False
-            except Exception:  # the registry is away: what serves goes on serving
+            except Exception:  # the registry is away, say: what serves goes on serving
                 self._monitor.swaps.labels("failed").inc()
                 if not failing:
-                    logger.exception("the registry cannot be polled; trying again every %g s", self._poll_s)
+                    logger.exception("the registry cannot be followed; trying again every %g s", self._poll_s)
                 failing = True

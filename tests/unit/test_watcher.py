@@ -124,10 +124,13 @@ def test_a_champion_that_does_not_fit_is_refused_and_the_old_one_serves(
     watched.watcher.check()
     assert watched.predictor.live.version == "2"
     assert why in watched.watcher.refused
-    assert b'model_swaps_total{outcome="refused"} 1.0' in watched.monitor.render()
+    shown = watched.monitor.render()
+    assert b'model_swaps_total{outcome="refused"} 1.0' in shown
+    assert b"deepseek_ray_champion_refused 1.0" in shown
     watched.registry.aliases["champion"] = "2"
     watched.watcher.check()
     assert watched.watcher.refused == ""
+    assert b"deepseek_ray_champion_refused 0.0" in watched.monitor.render()
 
 
 def test_a_champion_of_another_contract_is_handed_over_and_arms_must_follow_it(watched: Watched) -> None:
