@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_doctor, _add_explain, _add_verify, _add_plan, _add_registry, _add_compact):
+    for add in (_add_doctor, _add_explain, _add_verify, _add_plan, _add_registry, _add_traffic, _add_compact):
         add(verbs)
     for verb, (_, summary) in PROGRAMS.items():
         verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
@@ -218,6 +218,31 @@ def _add_registry(verbs: Verbs) -> None:
     verb = actions.add_parser("delete", help="delete a version that no alias names")
     verb.add_argument("version", metavar="VERSION", help="a number")
     _run_here(verb, "deepseek_ray.commands:delete")
+
+
+def _add_traffic(verbs: Verbs) -> None:
+    traffic = verbs.add_parser("traffic", help="which version answers which share of the cards")
+    actions = traffic.add_subparsers(metavar="ACTION", required=True)
+    verb = actions.add_parser("show", help="arms, schedule, shadow, and the last moves")
+    verb.add_argument("--json", action="store_true", help="print everything as JSON")
+    _run_here(verb, "deepseek_ray.traffic_commands:show")
+    verb = actions.add_parser("set", help="give an arm a share, or set the shadow; the other arms stay as they are")
+    verb.add_argument("arms", nargs="*", metavar="ARM[@VERSION][=PERCENT]", help="as in canary@7=5; 0 ends the arm")
+    verb.add_argument("--shadow", metavar="VERSION", help="scores beside the others, unseen; 'off' ends it")
+    verb.add_argument("--schedule", metavar="PERCENTS", help="steps by which the arm grows, as in 1,5,25,100")
+    verb.add_argument("--dwell", type=float, metavar="SECONDS", help="least time on a step (default: 3600)")
+    verb.add_argument("--min-decisions", type=int, metavar="N", help="least decisions on a step (default: 1000)")
+    verb.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="as in max_psi=0.3")
+    _move_traffic(verb, "deepseek_ray.traffic_commands:set_traffic")
+    verb = actions.add_parser("promote", help="make the arm's version champion if the gate agrees, and end the arm")
+    _move_traffic(verb, "deepseek_ray.traffic_commands:promote")
+    verb = actions.add_parser("rollback", help="give every card back to the champion")
+    _move_traffic(verb, "deepseek_ray.traffic_commands:rollback")
+
+
+def _move_traffic(verb: argparse.ArgumentParser, command: str) -> None:
+    verb.add_argument("--note", default="", help="why, for the history")
+    _run_here(verb, command)
 
 
 def _add_compact(verbs: Verbs) -> None:

@@ -8,17 +8,18 @@ from dataclasses import asdict
 from typing import Any
 
 from deepseek_ray.cli import settings_of
+from deepseek_ray.config import GateConfig
 from deepseek_ray.data.evidence import Evidence, VectorContract
 from deepseek_ray.errors import RegistryError
 from deepseek_ray.lineage import trace
 from deepseek_ray.online import gate
-from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, VersionInfo
+from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, TrafficBook, TrafficMove, VersionInfo
 
 
 def explain(options: argparse.Namespace) -> int:
     """Print the lineage of a prediction."""
     _, paths = settings_of(options)
-    sections = trace(options.prediction_id, paths, _registry(options))
+    sections = trace(options.prediction_id, paths, open_registry(options))
     if options.json:
         print(json.dumps(sections, indent=2))
         return 0
@@ -32,13 +33,18 @@ def explain(options: argparse.Namespace) -> int:
 
 def history(options: argparse.Namespace) -> int:
     """Print the audit table and the aliases."""
-    registry = _registry(options)
-    entries, aliases = registry.history(), registry.aliases()
+    registry = open_registry(options)
+    entries, aliases, moves = registry.history(), registry.aliases(), TrafficBook(registry).moves()
     if options.json:
-        print(json.dumps({"aliases": aliases, "history": [_plain(entry) for entry in entries]}, indent=2))
+        shown = {"history": [_plain(entry) for entry in entries], "traffic": [asdict(move) for move in moves]}
+        print(json.dumps({"aliases": aliases, **shown}, indent=2))
         return 0
     print(", ".join(f"{alias}: version {number}" for alias, number in sorted(aliases.items())) or "no version is named")
-    for entry in entries:
+    lines: list[AuditEntry | TrafficMove] = [*entries, *moves]
+    for entry in sorted(lines, key=lambda one: one.at):
+        if isinstance(entry, TrafficMove):
+            print(told(entry))
+            continue
         move = f"champion {entry.champion_before or '-'} -> {entry.champion_after or '-'}"
         print(f"{entry.at}  {entry.action:<8} version {entry.version:<4} {move}  {entry.note}".rstrip())
         for check in json.loads(entry.decision).get("checks", []):
@@ -47,28 +53,42 @@ def history(options: argparse.Namespace) -> int:
     return 0
 
 
+def told(move: TrafficMove) -> str:
+    """A move of the traffic as one line."""
+    return f"{move.at}  {move.action:<8} {move.summary}  by {move.who}: {move.why}".rstrip(": ")
+
+
 def promote(options: argparse.Namespace) -> int:
     """Decide again on the recorded evidence of a version and of the champion, under the present bounds."""
     config, _ = settings_of(options)
-    registry = _registry(options)
-    challenger = registry.get(options.version)
+    promote_version(open_registry(options), options.version, config.gate)
+    return 0
+
+
+def promote_version(registry: Registry, version: str, bounds: GateConfig) -> None:
+    """Let the gate decide on the recorded evidence of a version, promote it, and say so.
+
+    Raises:
+        GateRefusedError: the gate refuses.
+        RegistryError: there is no such version, or it was never measured.
+    """
+    challenger = registry.get(version)
     champion = registry.version_of(CHAMPION)
     rival = _rival(challenger, registry.get(champion)) if champion else None
-    info = registry.promote(challenger.version, gate.decide(rival, _evidence(challenger), config.gate))
+    info = registry.promote(challenger.version, gate.decide(rival, _evidence(challenger), bounds))
     print(f"champion: version {info.version} (before: {champion or 'none'})")
-    return 0
 
 
 def rollback(options: argparse.Namespace) -> int:
     """Make the previous version champion again."""
-    info = _registry(options).rollback(options.note)
+    info = open_registry(options).rollback(options.note)
     print(f"champion: version {info.version}")
     return 0
 
 
 def delete(options: argparse.Namespace) -> int:
     """Delete a version that no alias protects; its line in the history stays."""
-    registry = _registry(options)
+    registry = open_registry(options)
     registry.delete_version(options.version)
     print(f"deleted: version {options.version} of {registry.name!r}")
     return 0
@@ -107,7 +127,8 @@ def compact(options: argparse.Namespace) -> int:
     return 0
 
 
-def _registry(options: argparse.Namespace) -> Registry:
+def open_registry(options: argparse.Namespace) -> Registry:
+    """The registry of the run that the options name."""
     config, paths = settings_of(options)
     return Registry.open(paths, config.stores, name=config.model_name, create=False)
 

@@ -71,6 +71,16 @@ class RunPaths:
         return self.root / "predictions"
 
     @property
+    def last_good(self) -> Path:
+        """Copy of the version that served last."""
+        return self.root / "serving" / "last_good"
+
+    @property
+    def shadow_scores(self) -> Path:
+        """SQLite table of what the shadow scored."""
+        return self.root / "serving" / "shadow.db"
+
+    @property
     def checkpoints(self) -> Path:
         """Training checkpoints."""
         return self.root / "checkpoints"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from deepseek_ray.cli import add_settings, guarded
 from deepseek_ray.config import Config
+from deepseek_ray.errors import RegistryUnavailableError
 from deepseek_ray.paths import RunPaths
 from serve_apps import ingress, terminal
 
@@ -44,8 +45,14 @@ def _check_champion(paths: RunPaths, config: Config) -> None:
     """Report a missing registry or champion here, where the message is short, and not from the replica."""
     from deepseek_ray.registry import Registry
     from deepseek_ray.serving.champion import champion_version
+    from deepseek_ray.serving.last_good import LastGood
 
-    champion_version(Registry.open(paths, config.stores, name=config.model_name, create=False))
+    try:
+        champion_version(Registry.open(paths, config.stores, name=config.model_name, create=False))
+    except RegistryUnavailableError as error:
+        if not LastGood(paths.last_good).exists():
+            raise
+        print(f"the version that served last is served again: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

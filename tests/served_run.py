@@ -78,6 +78,15 @@ def add_version(
     run: ServedRun, spec: windows.VectorSpec, features: FeatureTable, shape: ModelConfig, seed: int = 0
 ) -> str:
     """Register a model with random weights and make it champion; returns its version."""
+    version = register_version(run, spec, features, shape, seed)
+    promote(run.registry, version)
+    return version
+
+
+def register_version(
+    run: ServedRun, spec: windows.VectorSpec, features: FeatureTable, shape: ModelConfig, seed: int = 0
+) -> str:
+    """Register a model with random weights as challenger; returns its version."""
     torch.manual_seed(seed)
     config = RiskModelConfig(
         feature_names=spec.names,
@@ -106,7 +115,6 @@ def add_version(
     )
     with run.registry.tracking.start_run("train") as trained:
         info = run.registry.register(folder, trained.run_id, schema, LINEAGE, probes=probes, tags={"threshold": "0.4"})
-    promote(run.registry, info.version)
     return info.version
 
 

@@ -266,15 +266,21 @@ class PredictionLog:
                 targets[ids[0]] = LabelTarget(ids[0], ids[1], ids[2], ids[3], event_us, order_us, known)
         return targets
 
-    def events_after(self, seq: int) -> list[tuple[int, Transaction, int]]:
-        """``(seq, transaction, order_us)`` of the decisions after a row number, oldest first."""
-        query = f"SELECT {_NAMES}, seq FROM predictions WHERE seq > ? ORDER BY seq"
-        return [(row.seq, row.transaction, row.order_us) for row in map(_from_row, self._db.execute(query, (seq,)))]
+    def last_service(self) -> str:
+        """Feature service of the newest decision, "" in an empty log."""
+        row = self._db.execute("SELECT feature_service FROM predictions ORDER BY seq DESC LIMIT 1").fetchone()
+        return str(row[0]) if row else ""
 
-    def labels_after(self, seq: int) -> list[tuple[int, LabelTarget, LoggedFeedback]]:
-        """``(seq, target, feedback)`` of the labels after a row number, oldest first."""
-        query = f"SELECT {_FEEDBACK_NAMES}, seq FROM feedback WHERE seq > ? ORDER BY seq"
-        rows = [LoggedFeedback(r[0], bool(r[1]), *r[2:]) for r in self._db.execute(query, (seq,))]
+    def events_after(self, seq: int, limit: int = -1) -> list[tuple[int, Transaction, int]]:
+        """``(seq, transaction, order_us)`` of the decisions after a row number, oldest first; all, or ``limit``."""
+        query = f"SELECT {_NAMES}, seq FROM predictions WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = map(_from_row, self._db.execute(query, (seq, limit)))
+        return [(row.seq, row.transaction, row.order_us) for row in rows]
+
+    def labels_after(self, seq: int, limit: int = -1) -> list[tuple[int, LabelTarget, LoggedFeedback]]:
+        """``(seq, target, feedback)`` of the labels after a row number, oldest first; all, or ``limit``."""
+        query = f"SELECT {_FEEDBACK_NAMES}, seq FROM feedback WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = [LoggedFeedback(r[0], bool(r[1]), *r[2:]) for r in self._db.execute(query, (seq, limit))]
         targets = self.label_targets([row.prediction_id for row in rows])
         return [(row.seq, targets[row.prediction_id], row) for row in rows]
 

@@ -20,20 +20,24 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 from deepseek_ray.registry.audit import AuditEntry
 from deepseek_ray.registry.package import InputSchema, Package, Probes, load_package
 from deepseek_ray.registry.tracking import Run, Tracking, check_store, git_commit
+from deepseek_ray.registry.traffic import CANARY, SHADOW, TrafficBook, TrafficMove
 from deepseek_ray.registry.versions import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
     Lineage,
     Registry,
+    Standing,
     VersionInfo,
     VersionLineage,
 )
 
 __all__ = [
+    "CANARY",
     "CHALLENGER",
     "CHAMPION",
     "PREVIOUS",
+    "SHADOW",
     "AuditEntry",
     "InputSchema",
     "Lineage",
@@ -41,7 +45,10 @@ __all__ = [
     "Probes",
     "Registry",
     "Run",
+    "Standing",
     "Tracking",
+    "TrafficBook",
+    "TrafficMove",
     "VersionInfo",
     "VersionLineage",
     "check_store",

@@ -96,10 +96,22 @@ class Audit:
 
     def entries(self, name: str) -> list[AuditEntry]:
         """All lines about a model, oldest first."""
+        with self.reading() as connection:
+            made = connection is not None and _is_made(connection)
+            return AuditTransaction(connection).entries(name) if connection is not None and made else []
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection | None]:
+        """The file, to read it; None when it is not made yet.
+
+        Raises:
+            RegistryUnavailableError: it cannot be read.
+        """
         if not self.path.exists():
-            return []
+            yield None
+            return
         with self._connected(read_uri(self.path)) as connection:
-            return AuditTransaction(connection).entries(name) if _is_made(connection) else []
+            yield connection
 
     @contextmanager
     def _connected(self, uri: str) -> Iterator[sqlite3.Connection]:
@@ -122,7 +134,7 @@ class AuditTransaction:
     """An open transaction on the table."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+        self.connection = connection
 
     def append(self, entry: AuditEntry) -> None:
         """Add one line; its id and time are given here."""
@@ -130,9 +142,9 @@ class AuditTransaction:
         row = {**asdict(entry), "at": at}
         names = [name for name in _COLUMNS.split(", ") if name != "id"]
         statement = f"INSERT INTO audit ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
-        self._connection.execute(statement, [row[name] for name in names])
+        self.connection.execute(statement, [row[name] for name in names])
 
     def entries(self, name: str) -> list[AuditEntry]:
         """All lines about a model, oldest first."""
-        rows = self._connection.execute(f"SELECT {_COLUMNS} FROM audit WHERE name = ? ORDER BY id", (name,))
+        rows = self.connection.execute(f"SELECT {_COLUMNS} FROM audit WHERE name = ? ORDER BY id", (name,))
         return [AuditEntry(**dict(zip(_COLUMNS.split(", "), row, strict=True))) for row in rows]

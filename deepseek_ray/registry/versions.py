@@ -30,6 +30,7 @@ from deepseek_ray.registry.tracking import Tracking
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 PREVIOUS = "previous"
+TRAFFIC_TAG = "traffic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,19 @@ class VersionInfo:
         return load_package(self.path)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Who stands where now.
+
+    Args:
+        aliases: version numbers by alias.
+        traffic: the traffic policy as it was written, "" for none; see registry/traffic.py.
+    """
+
+    aliases: Mapping[str, str]
+    traffic: str
+
+
 class Registry:
     """All versions of one model.
 
@@ -99,7 +113,7 @@ class Registry:
     def __init__(self, tracking: Tracking, name: str = "risk") -> None:
         self.tracking = tracking
         self.name = name
-        self._audit = Audit(tracking.paths.root / "registry_audit.db", tracking.timeout_s)
+        self.audit = Audit(tracking.paths.root / "registry_audit.db", tracking.timeout_s)
 
     @classmethod
     def open(
@@ -180,7 +194,7 @@ class Registry:
         if not isinstance(decision, GateDecision):
             raise TypeError(f"a promotion takes a GateDecision, got {type(decision).__name__}")
         info = self.validate(version)
-        with self._audit.transaction() as audit:
+        with self.audit.transaction() as audit:
             before = self.version_of(CHAMPION)
             reason = self._refusal(info, decision, before)
             after = before if reason else info.version
@@ -200,7 +214,7 @@ class Registry:
             RegistryError: there is no previous version.
             ModelFormatError: it does not load; the champion stays.
         """
-        with self._audit.transaction() as audit:
+        with self.audit.transaction() as audit:
             restored, before = self.version_of(PREVIOUS), self.version_of(CHAMPION)
             if restored is None or restored == before:
                 raise RegistryError(f"{self.name!r} has no previous version.", fix="promote a version instead")
@@ -212,7 +226,7 @@ class Registry:
 
     def history(self) -> list[AuditEntry]:
         """Promotions, refusals, rollbacks and deletions, oldest first."""
-        return self._audit.entries(self.name)
+        return self.audit.entries(self.name)
 
     def delete_version(self, version: str) -> None:
         """Delete a version that no alias protects; MLflow alone would drop the alias silently.
@@ -220,7 +234,7 @@ class Registry:
         Raises:
             ProtectedVersionError: an alias points to it.
         """
-        with self._audit.transaction() as audit:
+        with self.audit.transaction() as audit:
             version = str(self._resolve(version).version)
             behind = [alias for alias, number in self.aliases().items() if number == version]
             if behind:
@@ -258,9 +272,17 @@ class Registry:
 
     def aliases(self) -> dict[str, str]:
         """All aliases with their version numbers."""
+        return dict(self.standing().aliases)
+
+    def standing(self) -> Standing:
+        """Aliases and traffic in one question to the store: what a server polls."""
         with self.tracking.guard() as client:
             found = _find_model(client, self.name)
-        return {alias: str(number) for alias, number in found.aliases.items()} if found else {}
+        if found is None:
+            return Standing({}, "")
+        return Standing(
+            {alias: str(number) for alias, number in found.aliases.items()}, found.tags.get(TRAFFIC_TAG, "")
+        )
 
     def versions(self) -> list[str]:
         """Numbers of all versions, oldest first."""

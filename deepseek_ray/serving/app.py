@@ -35,6 +35,7 @@ class Service:
         refused: why the registry's champion is not the version that serves, or "".
         healthy: False when the service should get no traffic.
         shutdown: called once when the server stops.
+        standing: the arms beside the champion, and how this replica came to its version.
     """
 
     batcher: Batcher[Command, Result]
@@ -46,6 +47,7 @@ class Service:
     healthy: Callable[[], bool]
     shutdown: Callable[[], None]
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
+    standing: Callable[[], dict[str, Any]] = dict
 
 
 class RiskApp(AsgiApp):
@@ -88,7 +90,8 @@ class RiskApp(AsgiApp):
         return json_response(_describe(live, self._service.refused()))
 
     async def _model(self, scope: Scope, receive: Receive) -> Response:
-        return json_response(_describe(self._service.live(), self._service.refused()))
+        service = self._service
+        return json_response(_describe(service.live(), service.refused()) | service.standing())
 
     async def _readyz(self, scope: Scope, receive: Receive) -> Response:
         if not self._service.healthy():

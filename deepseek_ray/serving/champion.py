@@ -1,24 +1,17 @@
-"""Which version serves: the registry's champion, loaded aside and swapped in by its reference."""
+"""How a version becomes one that serves: verified, loaded, warmed up, and with what contract and threshold."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from deepseek_ray.data.windows import Declaration, VectorSpec
 from deepseek_ray.errors import FeatureError, ModelFormatError, RegistryError
-from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
 from deepseek_ray.registry import CHAMPION, Registry, VersionInfo
 from deepseek_ray.serving.commands import LiveModel, Scorer
-from deepseek_ray.serving.monitor import Monitor
-
-logger = get_logger(__name__)
 
 THRESHOLD_TAG = "threshold"
 DEFAULT_THRESHOLD = 0.5
@@ -44,16 +37,6 @@ class InputContract:
         return "; ".join(wrong)
 
 
-def load_champion(registry: Registry) -> tuple[VersionInfo, RiskModel]:
-    """The champion, its files verified and its probes scored.
-
-    Raises:
-        RegistryError: there is no champion.
-        ModelFormatError: a file is altered or a probe gives another probability.
-    """
-    return load_version(registry, champion_version(registry))
-
-
 def champion_version(registry: Registry) -> str:
     """Number of the champion.
 
@@ -67,7 +50,12 @@ def champion_version(registry: Registry) -> str:
 
 
 def load_version(registry: Registry, version: str) -> tuple[VersionInfo, RiskModel]:
-    """A version by number or alias; raises like ``load_champion``."""
+    """A version by number or alias, its files verified and its probes scored.
+
+    Raises:
+        RegistryError: there is no such version.
+        ModelFormatError: a file is altered or a probe gives another probability.
+    """
     info = registry.get(version)
     model = info.load().model
     if not isinstance(model, RiskModel):
@@ -134,96 +122,3 @@ def warm_up(model: RiskModel) -> None:
     for _ in range(3):
         model.predict_proba(values, sequence)
         model.attribute(values, sequence)
-
-
-class ChampionWatcher:
-    """Polls the champion alias in the background and swaps a new version in; requests never wait.
-
-    A version that does not load or does not fit keeps the present one serving, and ``refused`` says why.
-
-    Args:
-        registry: where the alias is.
-        contract: what a version must read.
-        live: the version that serves now.
-        swap: takes a loaded version.
-        threshold: threshold recorded for a version, or None.
-    """
-
-    def __init__(
-        self,
-        registry: Registry,
-        contract: InputContract,
-        *,
-        live: Callable[[], LiveModel],
-        swap: Callable[[LiveModel], None],
-        threshold: Callable[[str], float | None],
-        monitor: Monitor,
-        poll_s: float,
-    ) -> None:
-        self._registry = registry
-        self._contract = contract
-        self._live = live
-        self._swap = swap
-        self._threshold = threshold
-        self._monitor = monitor
-        self._poll_s = poll_s
-        self._refused: tuple[str, str] = ("", "")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="champion-watcher", daemon=True)
-
-    @property
-    def refused(self) -> str:
-        """Why the present champion is not the version that serves, or ""."""
-        return self._refused[1]
-
-    def start(self) -> None:
-        """Begin to poll."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Stop polling."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-
-    def check(self) -> None:
-        """Look once, and swap if there is a new champion that fits."""
-        version = self._registry.version_of(CHAMPION)
-        if version is None or version == self._live().version:
-            self._refused = ("", "")
-            return
-        if version == self._refused[0]:
-            return
-        try:
-            info, model = load_version(self._registry, version)
-            refusal = self._contract.refusal(info, model.config.label_delay_days)
-            if refusal:
-                self._refuse(version, f"version {version} needs a restart of the service: {refusal}")
-                return
-            live = to_live(info, model, self._threshold(version))
-        except ModelFormatError as error:
-            self._refuse(version, str(error))
-            return
-        warm_up(model)
-        self._swap(live)
-        self._refused = ("", "")
-        self._monitor.swaps.labels("swapped").inc()
-        logger.info("version %s serves now", version)
-
-    def _run(self) -> None:
-        torch.set_num_threads(1)
-        failing = False
-        while not self._stop.wait(self._poll_s):
-            try:
-                self.check()
-                failing = False
-            except Exception:  # the registry is away: what serves goes on serving
-                self._monitor.swaps.labels("failed").inc()
-                if not failing:
-                    logger.exception("the registry cannot be polled; trying again every %g s", self._poll_s)
-                failing = True
-
-    def _refuse(self, version: str, why: str) -> None:
-        self._refused = (version, why)
-        self._monitor.swaps.labels("refused").inc()
-        logger.error("%s", why)

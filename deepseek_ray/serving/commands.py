@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -115,5 +115,17 @@ class ThresholdCommand:
     model_version: str = ""
 
 
-Command = ScoreCommand | FeedbackCommand | ThresholdCommand
-Result = ScoreResult | FeedbackResult | LiveModel
+@dataclass(frozen=True)
+class TaskCommand:
+    """Work that must not overlap with a batch: it has the worker to itself."""
+
+    work: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The work is done."""
+
+
+Command = ScoreCommand | FeedbackCommand | ThresholdCommand | TaskCommand
+Result = ScoreResult | FeedbackResult | LiveModel | TaskResult

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from deepseek_ray.data.events import Transaction
-from deepseek_ray.data.prediction_log import LabelTarget, PredictionLog
+from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, PredictionLog
 from deepseek_ray.data.state import StateStore
 from deepseek_ray.data.stream_engine import Served, StreamEngine
 from deepseek_ray.errors import FeatureError
@@ -16,6 +17,20 @@ logger = get_logger(__name__)
 REPLAY_MARGIN = 2_000
 """Rows replayed before the last one known to be in the store: a store that gives up durability for speed
 (SQLite with synchronous=NORMAL) may lose its last commits in a power cut."""
+
+
+REPLAY_CHUNK = 2_000
+"""Rows of the log read, and their states written, at once."""
+
+LabelRow = tuple[int, LabelTarget, LoggedFeedback]
+Row = TypeVar("Row", bound=tuple[Any, ...])
+
+
+class Replayed(NamedTuple):
+    """How far the log was taken in: row numbers of the last event and label, and how many there were."""
+
+    last: tuple[int, int]
+    counts: tuple[int, int]
 
 
 class DeferredStore:
@@ -120,18 +135,35 @@ class LiveFeatures:
         holds already stays as it is: a state remembers the order of its newest event.
         """
         events_done, labels_done = log.applied
-        events = log.events_after(max(0, events_done - REPLAY_MARGIN))
-        labels = log.labels_after(max(0, labels_done - REPLAY_MARGIN))
-        waiting = iter(labels)
-        label = next(waiting, None)
-        for seq, event, order_us in events:
-            while label is not None and label[2].after_seq < seq:
-                self.apply_label(label[1], label[2].is_fraud, label[2].known_us)
-                label = next(waiting, None)
+        since = max(0, events_done - REPLAY_MARGIN), max(0, labels_done - REPLAY_MARGIN)
+        return self.replay(log, since).counts
+
+    def replay(self, log: PredictionLog, since: tuple[int, int]) -> Replayed:
+        """Take in what the log holds after these row numbers of events and labels; see :meth:`recover`."""
+        labels = _chunks(log.labels_after, since[1])
+        waiting = next(labels, None)
+        last, counts = list(since), [0, 0]
+        for seq, event, order_us in _chunks(log.events_after, since[0]):
+            while waiting is not None and waiting[2].after_seq < seq:
+                waiting = self._relabel(waiting, labels, last, counts)
             self._engine.restore(event, order_us)
-        while label is not None:
-            self.apply_label(label[1], label[2].is_fraud, label[2].known_us)
-            label = next(waiting, None)
+            last[0], counts[0] = seq, counts[0] + 1
+            if counts[0] % REPLAY_CHUNK == 0:
+                self.keep()
+                self.flush()
+        while waiting is not None:
+            waiting = self._relabel(waiting, labels, last, counts)
         self.keep()
         self.flush()
-        return len(events), len(labels)
+        return Replayed((last[0], last[1]), (counts[0], counts[1]))
+
+    def _relabel(self, row: LabelRow, rows: Iterator[LabelRow], last: list[int], counts: list[int]) -> LabelRow | None:
+        self.apply_label(row[1], row[2].is_fraud, row[2].known_us)
+        last[1], counts[1] = row[0], counts[1] + 1
+        return next(rows, None)
+
+
+def _chunks(read: Callable[[int, int], Sequence[Row]], after: int) -> Iterator[Row]:
+    while rows := read(after, REPLAY_CHUNK):
+        yield from rows
+        after = rows[-1][0]

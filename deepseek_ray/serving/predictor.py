@@ -23,6 +23,7 @@ from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, Logged
 from deepseek_ray.errors import DeepseekRayError, FeatureError, RequestError, StaleEventError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.serving.admission import Plan, admit, is_new_label, label_target
+from deepseek_ray.serving.arms import ArmPlan, Outcome
 from deepseek_ray.serving.commands import (
     Command,
     FeatureState,
@@ -34,6 +35,8 @@ from deepseek_ray.serving.commands import (
     ScoreCommand,
     ScoreResult,
     Served,
+    TaskCommand,
+    TaskResult,
     ThresholdCommand,
 )
 from deepseek_ray.serving.monitor import Monitor
@@ -48,10 +51,12 @@ C = TypeVar("C")
 
 
 class Predictor:
-    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``live`` and ``archived``.
+    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``reroute``, ``plan``,
+    ``live`` and ``archived``.
 
     Attributes:
-        live: the version that serves.
+        plan: the champion and the arms beside it.
+        witness: shown each batch of logged rows, on the worker's thread: it must not block or raise.
         archived: last row number that the archive holds; the vectors up to there are dropped, some after each batch.
 
     Args:
@@ -83,8 +88,14 @@ class Predictor:
         self._unflushed = self._closed = False
         self.archived = self._dropped = 0
         self._swapping = threading.Lock()
-        self.live = live
+        self.witness: Callable[[Sequence[LoggedPrediction]], None] = lambda rows: None
+        self.plan = ArmPlan(live)
         self.swap(live)
+
+    @property
+    def live(self) -> LiveModel:
+        """The champion that serves."""
+        return self.plan.champion
 
     @property
     def healthy(self) -> bool:
@@ -93,9 +104,13 @@ class Predictor:
 
     def swap(self, live: LiveModel) -> None:
         """Serve another version from the next batch on: one reference changes, nothing waits."""
-        with self._swapping:
-            self.live = live
+        self.reroute(lambda plan: replace(plan, champion=live))
         self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
+
+    def reroute(self, change: Callable[[ArmPlan], ArmPlan]) -> None:
+        """Make the next plan out of the present one, from the next batch on."""
+        with self._swapping:
+            self.plan = change(self.plan)
 
     def run(self, commands: Sequence[Command]) -> list[Result | Exception]:
         """Execute a batch: labels and thresholds first, then scores; each command succeeds or fails as a whole."""
@@ -106,10 +121,27 @@ class Predictor:
                 results[index] = _attempt(self._label, command)
             elif isinstance(command, ThresholdCommand):
                 results[index] = _attempt(self._set_threshold, command)
+            elif isinstance(command, TaskCommand):
+                results[index] = _attempt(_work, command)
         if scores:
             for (index, _), outcome in zip(scores, self._score([c for _, c in scores]), strict=True):
                 results[index] = outcome
         return results
+
+    def hand_over(self, state: FeatureState, take_over: Callable[[], None], live: LiveModel) -> None:
+        """Go on with other features and their version; from within a :class:`TaskCommand` only.
+
+        Args:
+            state: the other features.
+            take_over: brings them up to the end of the log and writes them to their store.
+            live: a version that reads them; the arms, which do not, end.
+        """
+        self._state.flush()
+        take_over()
+        self._state = state
+        self._applied = self._written
+        self.reroute(lambda plan: ArmPlan(live))
+        self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
 
     def flush(self) -> None:
         """Write feature state to its store; on failure it stays in memory and is tried again."""
@@ -143,10 +175,10 @@ class Predictor:
         self._log.close()
 
     def _score(self, commands: Sequence[ScoreCommand]) -> list[Result | Exception]:
-        live = self.live  # read once: a swap never splits a batch
+        arms = self.plan  # read once: a swap never splits a batch
         try:
             plan = self._plan(commands)
-            rows = self._decide(plan, live) if plan.fresh else {}
+            rows = self._decide(plan, arms) if plan.fresh else {}
         except Exception as error:
             self._state.discard()
             if isinstance(error, FeatureError) and len(commands) > 1:  # one card's broken state fails its own request
@@ -167,19 +199,16 @@ class Predictor:
                 plan.refused[index] = error
         return plan
 
-    def _decide(self, plan: Plan, live: LiveModel) -> dict[str, LoggedPrediction]:
+    def _decide(self, plan: Plan, arms: ArmPlan) -> dict[str, LoggedPrediction]:
         events = list(plan.fresh.values())
         with self._monitor.timed("features"):
             served = self._state.observe_many(events)
         values = np.stack([item.values for item in served])
         sequence = np.stack([item.sequence for item in served])
-        with self._monitor.timed("model"):
-            probability = live.scorer.predict_proba(values, sequence)
-        with self._monitor.timed("reasons"):
-            reasons = explain(live, values, sequence, probability)
+        outcomes = arms.score([event.card_id for event in events], values, sequence, self._ask)
         rows = [
-            self._row(event, item, float(p), why, live, plan.received_s[event.transaction_id])
-            for event, item, p, why in zip(events, served, probability, reasons, strict=True)
+            self._row(event, item, outcome, plan.received_s[event.transaction_id])
+            for event, item, outcome in zip(events, served, outcomes, strict=True)
         ]
         with self._monitor.timed("log"):
             last, _ = self._log.commit(rows, applied_predictions=self._applied[0], applied_feedback=self._applied[1])
@@ -187,17 +216,19 @@ class Predictor:
         self._written = (last, self._written[1])
         self._horizon_us = max(self._horizon_us, *(row.order_us for row in rows))
         self._count(rows)
+        self.witness(rows)
         return {row.transaction.transaction_id: row for row in rows}
 
-    def _row(
-        self,
-        event: Transaction,
-        served: Served,
-        probability: float,
-        reasons: tuple[Reason, ...],
-        live: LiveModel,
-        received_s: float,
-    ) -> LoggedPrediction:
+    def _ask(
+        self, live: LiveModel, values: FloatArray, sequence: FloatArray
+    ) -> tuple[FloatArray, list[tuple[Reason, ...]]]:
+        with self._monitor.timed("model"):
+            probability = live.scorer.predict_proba(values, sequence)
+        with self._monitor.timed("reasons"):
+            return probability, explain(live, values, sequence, probability)
+
+    def _row(self, event: Transaction, served: Served, outcome: Outcome, received_s: float) -> LoggedPrediction:
+        live, probability, reasons = outcome
         now_us = self._now_us()
         return LoggedPrediction(
             prediction_id=f"p{now_us:014x}{secrets.token_hex(6)}",
@@ -254,19 +285,20 @@ class Predictor:
 
     def _set_threshold(self, command: ThresholdCommand) -> LiveModel:
         with self._swapping:
-            version = self.live.version
-            if command.model_version not in ("", version):
+            serving = self.live.version
+            version = command.model_version or serving
+            if version not in self.plan.versions:
                 raise RequestError(
-                    f"Version {version} serves, not {command.model_version!r}.",
+                    f"Version {serving} serves, not {command.model_version!r}.",
                     status=409,
                     kind="other-version",
                     field="model_version",
                     fix="read GET /v1/risk/model and decide again",
                 )
             self._log.set_threshold(version, command.threshold, self._now_us())
-            self.live = live = replace(self.live, threshold=command.threshold)
-        self._monitor.threshold.set(live.threshold)
-        return live
+            self.plan = self.plan.with_threshold(version, command.threshold)
+        self._monitor.threshold.set(self.live.threshold)
+        return self.plan.versions[version]
 
     def _feedback_row(self, item: Feedback) -> LoggedFeedback:
         observed_us = to_us(item.observed_at)
@@ -325,6 +357,11 @@ def _attempt(work: Callable[[C], Result], command: C) -> Result | Exception:
         return work(command)
     except Exception as error:
         return error
+
+
+def _work(command: TaskCommand) -> TaskResult:
+    command.work()
+    return TaskResult()
 
 
 def _answer(command: ScoreCommand, plan: Plan, rows: Mapping[str, LoggedPrediction]) -> ScoreResult:

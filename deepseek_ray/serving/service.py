@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,20 +16,27 @@ from deepseek_ray.data.events import Transaction
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
-from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.logs import get_logger
+from deepseek_ray.models.risk import RiskModel
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.registry import Registry
+from deepseek_ray.registry import Registry, TrafficBook, VersionInfo
+from deepseek_ray.serving import handover
 from deepseek_ray.serving.app import RiskApp, Service
+from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.auth import ApiKey
 from deepseek_ray.serving.batching import Batcher
-from deepseek_ray.serving.champion import ChampionWatcher, InputContract, contract_of, load_champion, to_live, warm_up
-from deepseek_ray.serving.commands import Command, Result
+from deepseek_ray.serving.champion import InputContract, contract_of, to_live, warm_up
+from deepseek_ray.serving.commands import Command, LiveModel, Result, TaskCommand
 from deepseek_ray.serving.compaction import Compactor
+from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.rollout import Rollout
 from deepseek_ray.serving.rpc_server import attach
+from deepseek_ray.serving.shadow import ShadowScorer
+from deepseek_ray.serving.standing import standing_of
+from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)
@@ -48,14 +57,15 @@ class RiskService:
     Args:
         paths: the run whose registry, feature store and log are used.
         key: the API key.
-        registry: the registry, open.
+        registry: the registry, open, or what opens it: it may be away while a last good version is kept.
         store: where feature states live.
         declaration: the feature declaration that the store's run was set up with.
         config: limits.
+        online_store: address of the store, "" for the run's own.
 
     Raises:
-        RegistryError: there is no champion, or the registry does not answer.
-        ModelFormatError: the champion's files are altered.
+        RegistryError: there is no champion, or the registry does not answer, and no last good version is kept.
+        ModelFormatError: the champion's files are altered, and no last good version is kept.
         FeatureError: the champion reads a vector that this code does not compute.
         EnvironmentProblemError: the prediction log cannot be used.
     """
@@ -63,18 +73,27 @@ class RiskService:
     def __init__(
         self,
         paths: RunPaths,
-        registry: Registry,
+        registry: Registry | Callable[[], Registry],
         store: StateStore,
         declaration: windows.Declaration,
         config: ServingConfig,
         key: str,
+        *,
+        online_store: str = "",
     ) -> None:
         torch.set_num_threads(1)  # rows are few: more threads only wait for each other
-        info, model = load_champion(registry)
+        find = registry if callable(registry) else lambda: registry
+        self.last_good = LastGood(paths.last_good)
+        info, model, self.fallback = start_version(find, self.last_good)
         contract = contract_of(info, model, declaration)
+        self._paths, self._store, self._declaration, self._contract = paths, store, declaration, contract
+        self._online_store = online_store
+        self._closing = threading.Event()
         self.monitor = Monitor()
         self.log = PredictionLog(paths.prediction_log)
-        self.features = LiveFeatures(_engine_maker(declaration, contract), store)
+        if (before := self.log.last_service()) not in ("", contract.vector.service):
+            handover.prepare(paths, self._wanted(contract, before))
+        self.features = LiveFeatures(handover.engine_maker(declaration, contract), store)
         self.recovered = self.features.recover(self.log)
         warm_up(model)
         self._rehearse()
@@ -88,21 +107,25 @@ class RiskService:
             after=self.predictor.settle,
         )
         self.monitor.watch_queue(lambda: self.batcher.queued)
-        self.watcher = self._watcher(registry, contract, config.poll_registry_s)
+        self._accompany(find, contract, config)
         self.compactor = Compactor(paths, config.compact_every_s, self._archived)
         self.app = RiskApp(self._service(config), ApiKey(key))
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
     def start(self) -> None:
-        """Follow the registry, and compact the log on its schedule."""
+        """Follow the registry, judge the arms, and compact the log on its schedule."""
         self.watcher.start()
+        self.rollout.start()
         self.compactor.start()
 
     def close(self) -> None:
         """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
+        self._closing.set()
         self.watcher.close()
+        self.rollout.close()
         self.compactor.close()
         self.batcher.close()
+        self.shadow.close()
         self.predictor.close()
 
     def _rehearse(self) -> None:
@@ -114,16 +137,62 @@ class RiskService:
     def _archived(self, last: int) -> None:
         self.predictor.archived = last  # the worker drops the vectors: it alone writes to the log
 
-    def _watcher(self, registry: Registry, contract: InputContract, poll_s: float) -> ChampionWatcher:
-        return ChampionWatcher(
-            registry,
-            contract,
-            live=lambda: self.predictor.live,
-            swap=self.predictor.swap,
-            threshold=self.log.threshold,
-            monitor=self.monitor,
-            poll_s=poll_s,
+    def _accompany(self, find: Callable[[], Registry], contract: InputContract, config: ServingConfig) -> None:
+        """What follows the registry and the arms, each on a thread of its own."""
+        self.arm_metrics = arms = ArmMetrics(self.monitor.registry)
+        arms.fallback.set(bool(self.fallback))
+        self.shadow = ShadowScorer(lambda: self.predictor.plan.shadow, self._paths.shadow_scores, arms)
+        self.predictor.witness = self.shadow.offer
+        self.rollout = Rollout(self.predictor, lambda: TrafficBook(find()), self.log.path, arms)
+        hooks = Hooks(self.log.threshold, self.rollout.withdrawn, self._served, self._hand_over)
+        self.watcher = RegistryWatcher(
+            find, contract, self.predictor, hooks, monitor=self.monitor, metrics=arms, poll_s=config.poll_registry_s
         )
+
+    def _wanted(self, contract: InputContract, before: str) -> handover.Wanted:
+        return handover.Wanted(
+            vector=contract.vector.name,
+            sequence_len=contract.sequence_len,
+            label_delay_days=contract.label_delay_days,
+            before=before,
+            online_store=self._online_store,
+        )
+
+    def _hand_over(self, info: VersionInfo, model: RiskModel, live: LiveModel) -> InputContract:
+        """Let a champion serve that reads other features; in the watcher's thread.
+
+        Raises:
+            FeatureError: this code does not compute them.
+            ServingError: their states could not be prepared; it is tried again.
+        """
+        before, contract = self._contract, contract_of(info, model, self._declaration)
+        handover.check(before, contract)
+        features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store)
+        since = None
+        if contract.vector.service != before.vector.service:
+            wanted = self._wanted(contract, before.vector.service)
+            since = handover.prepare_aside(self._paths, wanted, lambda: not self._closing.is_set())
+
+        def take_over() -> None:
+            if since is not None:
+                features.replay(self.log, since)
+
+        def work() -> None:
+            self.predictor.hand_over(features, take_over, live)
+            self.features, self._contract = features, contract
+
+        asyncio.run(self.batcher.submit(TaskCommand(work), weight=0))
+        logger.info("version %s reads %s: handed over", info.version, contract.vector.service)
+        return contract
+
+    def _served(self, info: VersionInfo) -> None:
+        """Keep a copy of the champion that serves."""
+        self.fallback = ""
+        self.arm_metrics.fallback.set(0)
+        try:
+            self.last_good.keep(info)
+        except OSError as error:
+            logger.error("version %s serves, but no copy of it could be kept: %s", info.version, error)
 
     def _service(self, config: ServingConfig) -> Service:
         return Service(
@@ -133,9 +202,24 @@ class RiskService:
             max_body_bytes=config.max_body_bytes,
             live=lambda: self.predictor.live,
             refused=lambda: self.watcher.refused,
+            standing=lambda: standing_of(self.predictor.plan, self.watcher, self.rollout, self.fallback),
             healthy=lambda: self.predictor.healthy,
             shutdown=self.close,
         )
+
+
+class Reopening:
+    """Opens the registry when it is first asked for, and again as long as it is away."""
+
+    def __init__(self, open_registry: Callable[[], Registry]) -> None:
+        self._open = open_registry
+        self._registry: Registry | None = None
+
+    def __call__(self) -> Registry:
+        """The open registry; raises like ``Registry.open``."""
+        if self._registry is None:
+            self._registry = self._open()
+        return self._registry
 
 
 def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
@@ -148,22 +232,11 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     """
     config = Config.model_validate(settings)
     paths = RunPaths(Path(run)).create()
-    registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
+    registry = Reopening(lambda: Registry.open(paths, config.stores, name=config.model_name, create=False))
     store = FeatureClient(paths, config.stores.online_store)
-    service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
+    service = RiskService(
+        paths, registry, store, store.declaration(), config.serving, key, online_store=config.stores.online_store
+    )
     service.start()
     attach(service.app, config.serving)
     return service.app
-
-
-def _engine_maker(declaration: windows.Declaration, contract: InputContract) -> Callable[[StateStore], StreamEngine]:
-    def make(store: StateStore) -> StreamEngine:
-        return StreamEngine(
-            declaration,
-            contract.vector,
-            store,
-            label_delay_days=contract.label_delay_days,
-            sequence_len=contract.sequence_len,
-        )
-
-    return make

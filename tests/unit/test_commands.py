@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -49,6 +51,7 @@ class FakeRegistry:
     champion: str | None
     versions: dict[str, Version]
     entries: list[AuditEntry] = field(default_factory=list)
+    audit: Any = field(default_factory=lambda: SimpleNamespace(reading=lambda: nullcontext(None)))
 
     def get(self, version: str) -> Version:
         return self.versions[version]

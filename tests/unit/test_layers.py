@@ -59,6 +59,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "cli": BASE,
     "doctor": {"cli", "kernels", *BASE},
     "verify": {"presets_moe", "parallel", "train", *BASE},
+    "traffic_commands": {"cli", "commands", "registry", "serving.traffic", "serving.shadow", *BASE},
     "commands": {"cli", "lineage", "report", "registry", "data", "online", "metrics", *BASE},
 }
 

@@ -16,12 +16,15 @@ from deepseek_ray.data.events import Feedback, Transaction
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import MemoryStore, StateStore
 from deepseek_ray.data.stream_engine import StreamEngine
+from deepseek_ray.serving import live_features
 from deepseek_ray.serving.commands import (
     FeedbackCommand,
     FeedbackResult,
     LiveModel,
     ScoreCommand,
     ScoreResult,
+    TaskCommand,
+    TaskResult,
 )
 from deepseek_ray.serving.live_features import DeferredStore, LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
@@ -195,3 +198,63 @@ def test_a_look_at_the_features_leaves_nothing_behind(tmp_path: Path) -> None:
     served = service.log.get(service.score([after]).predictions[0].prediction_id)
     assert served is not None
     np.testing.assert_array_equal(peeked.values, served.values)
+
+
+def test_features_of_another_vector_take_over_from_the_log_with_nothing_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared aside up to some row, brought to the end by the worker: then as if it had served from the beginning."""
+    monkeypatch.setattr(live_features, "REPLAY_CHUNK", 7)
+    other = DECLARATION.vector("handbook_history")
+
+    def make_other(store: StateStore) -> StreamEngine:
+        return StreamEngine(DECLARATION, other, store, label_delay_days=0.01, sequence_len=4)
+
+    events, store, truth = stream(), MemoryStore(), MemoryStore()
+    service = Service(tmp_path, store)
+    straight = LiveFeatures(make_other, truth)
+    for number, item in enumerate(events):
+        answer = service.score([item])
+        straight.observe_many([item])
+        if number % 5 == 0:
+            service.label(answer.predictions[0].prediction_id)
+            straight.apply_label(*_label(service, answer.predictions[0].prediction_id))
+        straight.keep()
+        if number == 30:
+            prepared = LiveFeatures(make_other, store).replay(service.log, (0, 0))
+    straight.flush()
+    assert (prepared.counts, service.log.last_service()) == ((31, 7), SPEC.service)
+    features = LiveFeatures(make_other, store)
+    live = LiveModel(Mean(), "risk", "2", "r", other.service, other.digest, other.names, 0.9, 0)
+
+    def work() -> None:
+        service.predictor.hand_over(features, lambda: features.replay(service.log, prepared.last), live)  # type: ignore[arg-type,func-returns-value]
+
+    assert service.predictor.run([TaskCommand(work)]) == [TaskResult()]
+    keys = [key for key in truth.blobs if key.startswith(other.service)]
+    assert [store.blobs[key] for key in keys] == [truth.blobs[key] for key in keys]
+    assert len(keys) > 5
+    last = service.score([events[-1].model_copy(update={"transaction_id": "after"})])
+    assert (last.predictions[0].model_version, last.predictions[0].feature_service) == ("2", other.service)
+    assert service.log.last_service() == other.service
+
+
+def _label(service: Service, prediction_id: str) -> tuple[Any, bool, int]:
+    target = service.log.label_targets([prediction_id])[prediction_id]
+    return target, True, service.log.labels_after(0)[-1][2].known_us
+
+
+def test_work_that_fails_leaves_the_features_as_they_were(tmp_path: Path) -> None:
+    service = Service(tmp_path, MemoryStore())
+    service.score(stream(3))
+    card = stream(3)[0].card_id
+
+    def fails() -> None:
+        raise OSError("disk full")
+
+    def work() -> None:
+        service.predictor.hand_over(LiveFeatures(make_engine, MemoryStore()), fails, service.predictor.live)
+
+    [error] = service.predictor.run([TaskCommand(work)])
+    assert isinstance(error, OSError)
+    assert "card" not in service.score([event(99, card=card, at_s=9_000.0)]).predictions[0].cold

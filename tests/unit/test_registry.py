@@ -35,6 +35,7 @@ from deepseek_ray.registry import (
     Probes,
     Registry,
     Tracking,
+    TrafficBook,
     VersionInfo,
     git_commit,
     load_package,
@@ -341,8 +342,8 @@ def test_locked_database_is_reported_in_bounded_time(two: Registry) -> None:
 
 
 def test_locked_audit_table_stops_a_promotion(two: Registry) -> None:
-    two._audit.timeout_s = 0.2
-    holder = sqlite3.connect(two._audit.path, isolation_level=None)
+    two.audit.timeout_s = 0.2
+    holder = sqlite3.connect(two.audit.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     try:
         with pytest.raises(RegistryUnavailableError, match="audit table"):
@@ -420,3 +421,39 @@ def test_audit_row_is_dropped_when_the_move_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         move()
     assert audit.entries("risk") == []
+
+
+def move(book: TrafficBook, before: str, after: str, action: str = "set") -> None:
+    book.move(
+        before, after, action=action, who="ann", why="to try it", summary=f"{before or 'none'} -> {after or 'none'}"
+    )
+
+
+def test_traffic_moves_one_at_a_time_and_each_leaves_a_line(two: Registry) -> None:
+    book = TrafficBook(two)
+    assert (book.read(), book.moves()) == ("", [])
+    move(book, "", "a")
+    with pytest.raises(RegistryError, match="moved by somebody else"):
+        move(book, "", "b")
+    assert two.standing().traffic == "a"
+    move(book, "a", "", "clear")
+    assert (book.read(), [m.summary for m in book.moves()]) == ("", ["none -> a", "a -> none"])
+    assert [(m.who, m.why, m.action) for m in book.moves()] == [("ann", "to try it", a) for a in ("set", "clear")]
+    with pytest.raises(RegistryError, match="5001 characters"):
+        move(book, "", "x" * 5_001)
+    with two.audit.transaction() as audit, pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        audit.connection.execute("UPDATE traffic SET who = 'nobody'")
+
+
+def test_the_canary_alias_is_set_only_to_a_version_that_loads(two: Registry) -> None:
+    book = TrafficBook(two)
+    assert "canary" in book.point("canary", "2", who="ann", why="").aliases
+    book.point("canary", "2", who="ann", why="")
+    (two.get("1").path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelFormatError, match="SHA-256"):
+        book.point("canary", "1", who="ann", why="")
+    with pytest.raises(RegistryError, match="'champion' is not set by hand"):
+        book.point("champion", "2", who="ann", why="")
+    assert [m.summary for m in book.moves()] == ["canary: version - -> 2"]
+    with pytest.raises(ProtectedVersionError, match="canary"):
+        two.delete_version("2")

@@ -1,0 +1,223 @@
+"""Watches the arms that serve: back to the champion when one is worse, up the schedule when it is not.
+
+A thread of its own, so that a registry that does not answer cannot delay a rollback: the arm loses its traffic in this
+process first, and the registry is told as soon as it listens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deepseek_ray.errors import RegistryError, RegistryUnavailableError
+from deepseek_ray.logs import get_logger
+from deepseek_ray.registry import TrafficBook
+from deepseek_ray.serving.arm_evidence import ArmEvidence
+from deepseek_ray.serving.arm_metrics import ArmMetrics, CallCounts
+from deepseek_ray.serving.arms import ArmPlan, LiveArm
+from deepseek_ray.serving.guard import Record, StepRecord, Verdict, judge
+from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.traffic import TrafficPolicy
+
+logger = get_logger(__name__)
+
+WHO = "the service"
+NO_CALLS = CallCounts(0, 0, ())
+
+
+@dataclass(frozen=True)
+class Move:
+    """A move that the registry has yet to hear of."""
+
+    arm: LiveArm
+    before: str
+    after: TrafficPolicy
+    action: str
+    cause: str
+    why: str
+    summary: str
+
+
+class Rollout:
+    """Judges the arms every so often.
+
+    Args:
+        predictor: whose plan is watched.
+        book: opens the traffic of the registry.
+        log_path: the prediction log.
+        metrics: where evidence and moves are shown.
+        every_s: time between two looks.
+        now_us: clock, microseconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        book: Callable[[], TrafficBook],
+        log_path: Path,
+        metrics: ArmMetrics,
+        *,
+        every_s: float = 1.0,
+        now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
+    ) -> None:
+        self._predictor = predictor
+        self._book = book
+        self._log_path = log_path
+        self._metrics = metrics
+        self._every_s = every_s
+        self._now_us = now_us
+        self._evidence: tuple[tuple[str, str], ArmEvidence] | None = None
+        self._withdrawn: tuple[str, frozenset[str]] = ("", frozenset())
+        self._pending: Move | None = None
+        self._reports: dict[str, dict[str, object]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
+
+    @property
+    def report(self) -> dict[str, dict[str, object]]:
+        """What is known of each arm, by alias."""
+        return self._reports
+
+    def withdrawn(self, text: str) -> frozenset[str]:
+        """Aliases that this process took the traffic from under the policy of that text."""
+        return self._withdrawn[1] if self._withdrawn[0] == text else frozenset()
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop watching."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def tick(self) -> None:
+        """Look once.
+
+        Raises:
+            EnvironmentProblemError: the log cannot be read.
+            RegistryError: the registry does not take a move; it is tried again the next time.
+        """
+        plan = self._predictor.plan
+        if plan.arms:
+            evidence = self._evidence_of(plan)
+            evidence.read(lambda: not self._stop.is_set())
+            self._reports = {arm.alias: self._judge(plan, arm, evidence.steps(arm.alias)) for arm in plan.arms}
+        else:
+            self._evidence, self._reports = None, {}
+        self._tell()
+
+    def _evidence_of(self, plan: ArmPlan) -> ArmEvidence:
+        key = (plan.text, plan.champion.version)
+        if self._evidence is None or self._evidence[0] != key:
+            self._evidence = (key, ArmEvidence(plan.policy, plan.champion.version, self._log_path))
+        return self._evidence[1]
+
+    def _judge(self, plan: ArmPlan, arm: LiveArm, steps: list[StepRecord]) -> dict[str, object]:
+        champion_calls = plan.tally.counts() if plan.tally else NO_CALLS
+        calls = arm.tally.counts()
+        verdict = judge(steps, calls, champion_calls, plan.policy.limits)
+        self._show(arm, verdict, steps[-1].arm)
+        if verdict.cause:
+            self._withdraw(plan, arm, verdict)
+        elif self._is_due(plan.policy, steps[-1]):
+            self._advance(plan, arm)
+        return _report(arm, steps[-1], calls, verdict)
+
+    def _show(self, arm: LiveArm, verdict: Verdict, record: Record) -> None:
+        self._metrics.labels.labels(arm.alias, arm.live.version).set(record.labels)
+        for kind, cards in record.bad_cards.items():
+            self._metrics.mistakes.labels(arm.alias, arm.live.version, kind).set(len(cards))
+        for name, value in verdict.evidence.items():
+            self._metrics.evidence.labels(arm.alias, arm.live.version, name).set(value)
+        if verdict.psi is not None:
+            self._metrics.psi.labels(arm.alias, arm.live.version).set(verdict.psi)
+
+    def _withdraw(self, plan: ArmPlan, arm: LiveArm, verdict: Verdict) -> None:
+        gone = self.withdrawn(plan.text) | {arm.alias}
+        self._withdrawn = (plan.text, gone)
+        self._predictor.reroute(lambda now: now.without(gone) if now.text == plan.text else now)
+        logger.error("%s (version %s) lost its traffic: %s", arm.alias, arm.live.version, verdict.why)
+        after = plan.policy
+        for alias in sorted(gone):
+            after = after.without(alias)
+        summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> 0 %"
+        self._pending = Move(arm, plan.text, after, "rollback", verdict.cause, verdict.why, summary)
+        self._metrics.moves.labels("rollback", verdict.cause).inc()
+
+    def _is_due(self, policy: TrafficPolicy, step: StepRecord) -> bool:
+        if policy.schedule is None or policy.next_percent is None or self._pending is not None:
+            return False
+        stayed_us = self._now_us() - policy.since_us
+        return stayed_us >= policy.schedule.dwell_s * 1e6 and step.arm.decisions >= policy.schedule.min_decisions
+
+    def _advance(self, plan: ArmPlan, arm: LiveArm) -> None:
+        percent = plan.policy.next_percent
+        assert percent is not None
+        summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> {percent:g} %"
+        self._pending = Move(arm, plan.text, plan.policy.grown(percent), "advance", "schedule", "healthy", summary)
+
+    def _tell(self) -> None:
+        """Write the pending move; it stays pending while the registry is away."""
+        move = self._pending
+        if move is None:
+            return
+        try:
+            self._book().move(
+                move.before,
+                move.after.model_dump_json(),
+                action=move.action,
+                who=WHO,
+                why=move.why,
+                summary=move.summary,
+            )
+        except RegistryUnavailableError:
+            raise
+        except RegistryError as error:
+            logger.warning("%s was not written: %s", move.summary, error)
+            self._pending = self._again(move)
+            return
+        logger.info("traffic: %s (%s)", move.summary, move.why)
+        if move.action == "advance":
+            self._metrics.moves.labels("advance", move.cause).inc()
+        self._pending = None
+
+    def _again(self, move: Move) -> Move | None:
+        """Somebody else moved the traffic first: theirs counts, but not where it lets a withdrawn arm go on."""
+        text = self._book().read()
+        policy = TrafficPolicy.parse(text)
+        pinned = {(arm.alias, arm.version) for arm in policy.arms}
+        if move.action != "rollback" or (move.arm.alias, move.arm.live.version) not in pinned:
+            return None
+        self._withdrawn = (text, frozenset({move.arm.alias}))
+        return replace(move, before=text, after=policy.without(move.arm.alias))
+
+    def _run(self) -> None:
+        failing = False
+        while not self._stop.wait(self._every_s):
+            try:
+                self.tick()
+                failing = False
+            except Exception:  # the watch goes on whatever one look met
+                if not failing:
+                    logger.exception("the arms could not be judged; trying again every %g s", self._every_s)
+                failing = True
+
+
+def _report(arm: LiveArm, step: StepRecord, calls: CallCounts, verdict: Verdict) -> dict[str, object]:
+    record = step.arm
+    return {
+        "decisions": record.decisions,
+        "reviews": record.reviews,
+        "labels": record.labels,
+        "frauds": record.frauds,
+        "calls": calls.calls,
+        "failed_calls": calls.failed,
+        "psi": verdict.psi,
+        "p_values": verdict.p_values,
+        "withdrawn": verdict.why,
+    }

@@ -1,0 +1,279 @@
+"""Follows the registry: its champion and its traffic policy, loaded aside and swapped in by reference.
+
+Requests never wait. A version is verified, loaded and warmed up aside. What leaves the policy is let go before what
+comes is loaded, so that in memory there is what serves, and one model more while the champion changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from deepseek_ray.errors import ConfigError, FeatureError, ModelFormatError, RegistryError, RegistryUnavailableError
+from deepseek_ray.logs import get_logger
+from deepseek_ray.models.risk import RiskModel
+from deepseek_ray.registry import CHAMPION, Registry, Standing, VersionInfo
+from deepseek_ray.serving.arm_metrics import ArmMetrics, ArmTally
+from deepseek_ray.serving.arms import ArmPlan, LiveArm
+from deepseek_ray.serving.champion import InputContract, load_version, to_live, warm_up
+from deepseek_ray.serving.commands import LiveModel
+from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.traffic import NO_TRAFFIC, Arm, Shadow, TrafficPolicy
+
+logger = get_logger(__name__)
+
+
+class _RefusedError(Exception):
+    """A version cannot serve, and why."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the watcher asks of its neighbours.
+
+    Attributes:
+        threshold: threshold recorded for a version, or None.
+        withdrawn: arms that lost their traffic under the policy of a text.
+        served: told each champion that serves, once, in the watcher's thread.
+        hand_over: makes a champion serve that reads other features than the present one, and returns its contract;
+            raises when this service cannot compute them.
+    """
+
+    threshold: Callable[[str], float | None]
+    withdrawn: Callable[[str], frozenset[str]] = lambda text: frozenset()
+    served: Callable[[VersionInfo], None] = lambda info: None
+    hand_over: Callable[[VersionInfo, RiskModel, LiveModel], InputContract] | None = None
+
+
+class RegistryWatcher:
+    """Polls the registry in the background.
+
+    A version that does not load or does not fit keeps the present one serving, and ``refused`` says why.
+
+    Args:
+        registry: opens the registry, or gives the open one.
+        contract: what a version must read.
+        predictor: where versions serve.
+        hooks: thresholds, withdrawn arms, and who is told of a new champion.
+        monitor: the service's metrics.
+        metrics: the arms'.
+        poll_s: time between two looks.
+    """
+
+    def __init__(
+        self,
+        registry: Callable[[], Registry],
+        contract: InputContract,
+        predictor: Predictor,
+        hooks: Hooks,
+        *,
+        monitor: Monitor,
+        metrics: ArmMetrics,
+        poll_s: float,
+    ) -> None:
+        self._registry = registry
+        self._contract = contract
+        self._predictor = predictor
+        self._hooks = hooks
+        self._monitor = monitor
+        self._metrics = metrics
+        self._poll_s = poll_s
+        self._refused: tuple[str, str] = ("", "")
+        self._confirmed = ""
+        self._followed: tuple[object, ...] = ()
+        self._torn: dict[str, str] = {}
+        self.arm_refusals: dict[str, str] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="registry-watcher", daemon=True)
+
+    @property
+    def refused(self) -> str:
+        """Why the present champion is not the version that serves, or ""."""
+        return self._refused[1]
+
+    def start(self) -> None:
+        """Begin to poll."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop polling."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def check(self) -> None:
+        """Look once, and take over what is new and fits.
+
+        Raises:
+            RegistryError: the registry is away.
+        """
+        standing = self._registry().standing()
+        self._follow_champion(standing.aliases.get(CHAMPION))
+        self._metrics.champion_refused.set(bool(self.refused))
+        self._follow_traffic(standing)
+
+    def _follow_champion(self, version: str | None) -> None:
+        if version is None or version == self._predictor.live.version:
+            self._refused = ("", "")
+            if version is not None and version != self._confirmed:
+                self._confirm(self._registry().get(version))
+            return
+        if version == self._refused[0]:
+            return
+        try:
+            info = self._crown(version)
+        except (_RefusedError, ModelFormatError, FeatureError) as error:
+            self._refused = (version, str(error))
+            self._monitor.swaps.labels("refused").inc()
+            logger.error("%s", error)
+            return
+        self._refused = ("", "")
+        self._monitor.swaps.labels("swapped").inc()
+        self._confirm(info)
+        logger.info("version %s serves now", version)
+
+    def _crown(self, version: str) -> VersionInfo:
+        """Let a version serve as champion; one that reads other features by way of a handover."""
+        if loaded := self._predictor.plan.versions.get(version):  # the canary that became champion is here already
+            self._predictor.swap(loaded)
+            return self._registry().get(version)
+        info, model = load_version(self._registry(), version)
+        refusal = self._contract.refusal(info, model.config.label_delay_days)
+        if refusal and self._hooks.hand_over is None:
+            raise _RefusedError(f"version {version} needs a restart of the service: {refusal}")
+        live = self._live(info, model)
+        if refusal and self._hooks.hand_over is not None:
+            self._contract = self._hooks.hand_over(info, model, live)
+        else:
+            self._predictor.swap(live)
+        return info
+
+    def _confirm(self, info: VersionInfo) -> None:
+        self._hooks.served(info)
+        self._confirmed = info.version
+
+    def _follow_traffic(self, standing: Standing) -> None:
+        gone = self._hooks.withdrawn(standing.traffic)
+        seen = (standing.traffic, tuple(sorted(standing.aliases.items())), gone, self._predictor.live.version)
+        if seen == self._followed:
+            return
+        if standing.traffic != self._predictor.plan.text:
+            self._torn = {}
+        try:
+            policy = TrafficPolicy.parse(standing.traffic)
+        except ConfigError as error:
+            logger.error("the registry's traffic policy is refused: %s", error)
+            self.arm_refusals, self._followed = {"policy": str(error)}, seen
+            return
+        self.arm_refusals = {}
+        self._drop_others(policy, gone)
+        arms = [arm for arm in policy.arms if arm.alias not in gone]
+        loaded = self._predictor.plan.versions
+        models = {arm.version: live for arm in arms if (live := self._model(arm, standing, loaded)) is not None}
+        shadow = self._model(policy.shadow, standing, loaded | models) if policy.shadow else None
+        self._predictor.reroute(lambda plan: self._plan(plan, policy, standing.traffic, models, shadow))
+        self._show(policy)
+        self._followed = seen
+
+    def _drop_others(self, policy: TrafficPolicy, gone: frozenset[str]) -> None:
+        """Let go of versions that will not serve any more before others are loaded."""
+        pinned = {arm.version for arm in policy.arms if arm.alias not in gone}
+
+        def dropped(plan: ArmPlan) -> ArmPlan:
+            others = {arm.alias for arm in plan.arms if arm.live.version not in pinned}
+            keep = (
+                plan.shadow is not None and policy.shadow is not None and plan.shadow.version == policy.shadow.version
+            )
+            return replace(plan.without(others), shadow=plan.shadow if keep else None)
+
+        self._predictor.reroute(dropped)
+
+    def _model(self, part: Arm | Shadow, standing: Standing, loaded: Mapping[str, LiveModel]) -> LiveModel | None:
+        """An arm's version, loaded; None, and a refusal, when it cannot serve."""
+        version, named = part.version, standing.aliases.get(part.alias)
+        if version == self._predictor.live.version:
+            return None  # it is the champion by now: nothing to split
+        name = "shadow" if isinstance(part, Shadow) else part.alias
+        if named != version:
+            self.arm_refusals[name] = f"{part.alias} names version {named or 'none'} now, the policy {version}"
+            return None
+        if version in self._torn:
+            self.arm_refusals[name] = self._torn[version]
+            return None
+        try:
+            return loaded.get(version) or self._load_arm(version)
+        except RegistryUnavailableError:
+            raise
+        except (_RefusedError, ModelFormatError, RegistryError) as error:
+            self._torn[version] = self.arm_refusals[name] = str(error)
+            self._monitor.swaps.labels("refused").inc()
+            logger.error("the %s cannot serve: %s", name, error)
+            return None
+
+    def _plan(
+        self,
+        plan: ArmPlan,
+        policy: TrafficPolicy,
+        text: str,
+        models: dict[str, LiveModel],
+        shadow: LiveModel | None,
+    ) -> ArmPlan:
+        def newest(live: LiveModel) -> LiveModel:
+            return plan.versions.get(live.version, live)  # its threshold may have moved meanwhile
+
+        kept = {arm.alias: arm for arm in plan.arms} if text == plan.text else {}
+        arms = []
+        for arm in policy.arms:
+            if (live := models.get(arm.version)) is not None:
+                old = kept.get(arm.alias)
+                tally = old.tally if old else ArmTally(arm.alias, arm.version, self._metrics)
+                arms.append(LiveArm(arm.alias, arm.percent, newest(live), tally))
+        tally = (plan.tally if kept else None) or ArmTally(CHAMPION, plan.champion.version, self._metrics)
+        next_plan = replace(plan, policy=policy, text=text, shadow=newest(shadow) if shadow else None)
+        return replace(next_plan.with_arms(tuple(arms)), tally=tally if arms else None)
+
+    def _load_arm(self, version: str) -> LiveModel:
+        info, model = load_version(self._registry(), version)
+        refusal = self._contract.refusal(info, model.config.label_delay_days)
+        if refusal:
+            raise _RefusedError(f"version {version} reads other features than the champion: {refusal}")
+        return self._live(info, model)
+
+    def _live(self, info: VersionInfo, model: RiskModel) -> LiveModel:
+        live = to_live(info, model, self._hooks.threshold(info.version))
+        warm_up(model)
+        return live
+
+    def _show(self, policy: TrafficPolicy) -> None:
+        plan = self._predictor.plan
+        self._metrics.percent.clear()
+        rest = 100.0 - sum(arm.percent for arm in plan.arms)
+        self._metrics.percent.labels(CHAMPION, plan.champion.version).set(rest)
+        for arm in plan.arms:
+            self._metrics.percent.labels(arm.alias, arm.live.version).set(arm.percent)
+        self._metrics.refused.clear()
+        versions = {arm.alias: arm.version for arm in policy.arms} | (
+            {"shadow": policy.shadow.version} if policy.shadow else {}
+        )
+        for alias in self.arm_refusals:
+            self._metrics.refused.labels(alias, versions[alias]).set(1)
+        if policy != NO_TRAFFIC:
+            shown = ", ".join(f"{arm.alias} (version {arm.live.version}) {arm.percent:g} %" for arm in plan.arms)
+            logger.info("traffic: %s; champion %g %%", shown or "no arm", rest)
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)
+        failing = False
+        while not self._stop.wait(self._poll_s):
+            try:
+                self.check()
+                failing = False
+            except Exception:  # the registry is away, say: what serves goes on serving
+                self._monitor.swaps.labels("failed").inc()
+                if not failing:
+                    logger.exception("the registry cannot be followed; trying again every %g s", self._poll_s)
+                failing = True
