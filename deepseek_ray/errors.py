@@ -16,7 +16,8 @@
     │   └── ProtectedVersionError  the version stands behind an alias
     ├── ServingError           a request cannot be served
     │   ├── RequestError       the request is wrong (HTTP 4xx)
-    │   └── OverloadedError    the queue is full (HTTP 429)
+    │   └── OverloadedError    no room now: the queue is full, or a rate is used up (HTTP 429)
+    │       └── LateError      it would be answered after its deadline: not done (HTTP 503)
     └── EnvironmentProblemError  a port, disk, tool or credential is not usable
 
 Each message names the field, its present value and the fix. All of them pickle, because Ray
@@ -132,7 +133,23 @@ class RequestError(ServingError):
 
 
 class OverloadedError(ServingError):
-    """The request queue is full; retry later."""
+    """No room now: the request queue is full, or a key's rate is used up; retry later.
+
+    Args:
+        message: what is full.
+        fix: what the client can do about it.
+        kind: short machine-readable problem type.
+        retry_after_s: when to come back; rounded up to whole seconds, at least one.
+    """
+
+    def __init__(self, message: str, *, fix: str = "", kind: str = "overloaded", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, fix=fix)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+class LateError(OverloadedError):
+    """The answer would come after the request's deadline, so the work was not done; retry later."""
 
 
 class EnvironmentProblemError(DeepseekRayError):

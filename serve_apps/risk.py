@@ -11,11 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from deepseek_ray.cli import add_settings, guarded, settings_of
-from deepseek_ray.config import Config
+from deepseek_ray.config import Config, ServingConfig
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.serving.auth import generate_key, load_key
+from deepseek_ray.serving.auth import load_key
+from deepseek_ray.serving.keys import file_of, generate_key
 from serve_apps import ingress
 
 
@@ -23,15 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop; returns the exit status."""
     options = _parser().parse_args(arguments)
     config, paths = _settings(options)
-    key = _key(config.serving.api_key_env, generate=options.generate_key)
+    key = _key(config.serving, paths, generate=options.generate_key)
+    http = _http(config.serving, paths)
     host, port = config.serving.host, config.serving.port or ingress.free_port(config.serving.host)
     ingress.prepare(host, port)
     _check_champion(paths, config)
     run = str(paths.create().root)
     try:
-        ingress.start(build, run, config.model_dump(), key, host=host)
+        ingress.start(build, run, config.model_dump(), key, host=host, http=http)
         stop = _stop_signal()
-        print(f"serving {config.model_name!r} of {run} at http://{host}:{port}, described at /docs", flush=True)
+        address = f"{'https' if 'ssl_certfile' in http else 'http'}://{host}:{port}"
+        print(f"serving {config.model_name!r} of {run} at {address}, described at /docs", flush=True)
         stop.wait()
     finally:
         ingress.stop()
@@ -75,9 +79,19 @@ def _settings(options: argparse.Namespace) -> tuple[Config, RunPaths]:
     return settings_of(options)
 
 
-def _key(variable: str, *, generate: bool) -> str:
+def _http(serving: ServingConfig, paths: RunPaths) -> dict[str, Any]:
+    """Serve's HTTP options: keep-alive, and the certificate where there is one; its files as seen from the run."""
+    options: dict[str, Any] = {"keep_alive_timeout_s": serving.keep_alive_timeout_s}
+    if not serving.tls_certfile:
+        return options
+    certfile, keyfile = paths.root / serving.tls_certfile, paths.root / serving.tls_keyfile
+    ingress.check_certificate(certfile, keyfile)
+    return options | {"ssl_certfile": str(certfile), "ssl_keyfile": str(keyfile)}
+
+
+def _key(serving: ServingConfig, paths: RunPaths, *, generate: bool) -> str:
     if not generate:
-        return load_key(variable)
+        return load_key(serving.api_key_env, file_of(paths.root, serving.api_keys_file))
     key = generate_key()
     print(f"API key: {key}", flush=True)
     return key

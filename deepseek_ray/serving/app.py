@@ -5,6 +5,7 @@ Every route but the health ones asks for the API key; every error is a problem b
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError, ServingError
-from deepseek_ray.logs import get_logger
+from deepseek_ray.logs import get_logger, trace_of
 from deepseek_ray.serving import openapi, problem, wire
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.commands import (
     Command,
@@ -27,6 +28,8 @@ from deepseek_ray.serving.commands import (
     ScoreResult,
     ThresholdCommand,
 )
+from deepseek_ray.serving.deadline import NO_HURRY, Patience
+from deepseek_ray.serving.keys import Scope as KeyScope
 from deepseek_ray.serving.monitor import Monitor
 
 logger = get_logger(__name__)
@@ -38,6 +41,8 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = Iterable[tuple[bytes, bytes]]
 
 JSON = b"application/json"
+ADMIN_ROUTES = frozenset({"/v1/risk/threshold"})
+"""Routes that change what the service does for everyone."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Service:
         refused: why the registry's champion is not the version that serves, or "".
         healthy: False when the service should get no traffic.
         shutdown: called once when the server stops.
+        patience: deadlines of requests that name none.
+        body_timeout_s: time in which a body must arrive.
     """
 
     batcher: Batcher[Command, Result]
@@ -69,6 +76,8 @@ class Service:
     refused: Callable[[], str]
     healthy: Callable[[], bool]
     shutdown: Callable[[], None]
+    patience: Patience = NO_HURRY
+    body_timeout_s: float = 10.0
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
 
 
@@ -78,9 +87,9 @@ Handler = Callable[[Scope, Receive], Awaitable[Response]]
 class RiskApp:
     """ASGI application of the risk service."""
 
-    def __init__(self, service: Service, key: ApiKey) -> None:
+    def __init__(self, service: Service, keys: Keyring) -> None:
         self._service = service
-        self._key = key
+        self._keys = keys
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/risk/score": {"POST": self._score},
             "/v1/risk/feedback": {"POST": self._feedback},
@@ -112,11 +121,14 @@ class RiskApp:
     async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:
         try:
             if path not in openapi.OPEN_ROUTES:
-                self._key.check(scope["headers"])
+                scope["grant"] = self._keys.check(scope["headers"], _needed_scope(path, scope["method"]))
             return await self._find(path, scope["method"])(scope, receive)
         except Exception as error:
-            if not isinstance(error, DeepseekRayError):
-                logger.exception("request to %s failed", path if path in self._routes else "an unknown path")
+            if isinstance(error, OverloadedError):
+                self._service.monitor.shed.labels(error.kind).inc()
+            elif not isinstance(error, DeepseekRayError):
+                route = path if path in self._routes else "an unknown path"
+                logger.error("request to %s failed: %s", route, trace_of(error))
             return _problem(error)
 
     def _find(self, path: str, method: str) -> Handler:
@@ -132,25 +144,39 @@ class RiskApp:
     async def _score(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         service = self._service
-        body = await _read(scope, receive, service.max_body_bytes)
+        body = await _read(scope, receive, service)
         events, many = wire.parse_transactions(body, service.limits, service.now_us())
-        result = await service.batcher.submit(ScoreCommand(events, received_s), weight=len(events))
+        scope["grant"].bucket.charge(len(events) - 1)
+        result = await service.batcher.submit(
+            ScoreCommand(events, received_s),
+            weight=len(events),
+            arrived_s=received_s,
+            deadline_s=service.patience.deadline_s(scope["headers"], received_s, len(events)),
+        )
         assert isinstance(result, ScoreResult)
         encoded = [item.model_dump_json().encode("utf-8") for item in result.predictions]
         headers = ((b"x-repeated", str(result.repeated).encode()),) if result.repeated else ()
         return Response(200, b'{"predictions":[' + b",".join(encoded) + b"]}" if many else encoded[0], headers=headers)
 
     async def _feedback(self, scope: Scope, receive: Receive) -> Response:
+        received_s = time.perf_counter()
         service = self._service
-        body = await _read(scope, receive, service.max_body_bytes)
+        body = await _read(scope, receive, service)
         items, _ = wire.parse_feedback(body, service.limits, service.now_us())
-        result = await service.batcher.submit(FeedbackCommand(items), weight=len(items))
+        scope["grant"].bucket.charge(len(items) - 1)
+        deadline_s = service.patience.deadline_s(scope["headers"], received_s)
+        command = FeedbackCommand(items)
+        result = await service.batcher.submit(command, weight=len(items), arrived_s=received_s, deadline_s=deadline_s)
         assert isinstance(result, FeedbackResult)
         return _json({"accepted": result.accepted, "repeated": result.repeated})
 
     async def _threshold(self, scope: Scope, receive: Receive) -> Response:
-        change = wire.parse_threshold(await _read(scope, receive, self._service.max_body_bytes))
-        live = await self._service.batcher.submit(ThresholdCommand(change.threshold, change.model_version))
+        received_s = time.perf_counter()
+        service = self._service
+        change = wire.parse_threshold(await _read(scope, receive, service))
+        deadline_s = service.patience.deadline_s(scope["headers"], received_s)
+        command = ThresholdCommand(change.threshold, change.model_version)
+        live = await service.batcher.submit(command, arrived_s=received_s, deadline_s=deadline_s)
         assert isinstance(live, LiveModel)
         return _json(_describe(live, self._service.refused()))
 
@@ -191,7 +217,26 @@ class RiskApp:
             await send({"type": "lifespan.startup.complete"})
 
 
-async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
+def _needed_scope(path: str, method: str) -> KeyScope:
+    if path in ADMIN_ROUTES:
+        return "admin"
+    return "read" if method in ("GET", "HEAD") else "write"
+
+
+async def _read(scope: Scope, receive: Receive, service: Service) -> bytes:
+    try:
+        async with asyncio.timeout(service.body_timeout_s):
+            return await _read_all(scope, receive, service.max_body_bytes)
+    except TimeoutError:
+        raise RequestError(
+            f"The body was not complete within {service.body_timeout_s:g} s.",
+            status=408,
+            kind="slow-body",
+            fix="send the request again, on a better line or with fewer records",
+        ) from None
+
+
+async def _read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(int(declared), limit)
@@ -242,7 +287,7 @@ def _json(value: dict[str, Any]) -> Response:
 
 def _problem(error: Exception) -> Response:
     status, body = problem.to_problem(error)
-    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status)))
+    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status, error)))
 
 
 async def _send(send: Send, response: Response) -> None:

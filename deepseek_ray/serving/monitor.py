@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from deepseek_ray.serving.batch_queue import BatchQueue
 
 _LATENCY_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _STAGE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
@@ -34,6 +37,10 @@ class Monitor:
         self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
         self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
         self._queue = self._gauge("queued_transactions", "Transactions that wait for the worker.")
+        self.shed = self._counter("shed_requests", "Requests turned away under load, by reason.", "reason")
+        self._age = self._gauge("queue_age_seconds", "How long the oldest transaction has waited.")
+        self._cap = self._gauge("batch_cap", "Transactions that a batch may hold now.")
+        self._service = self._gauge("predicted_batch_seconds", "Expected time of a batch of the cap's size.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"deepseek_ray_{name}", text, labels, registry=self.registry)
@@ -44,9 +51,13 @@ class Monitor:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"deepseek_ray_{name}", text, labels, buckets=buckets, registry=self.registry)
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Read the queue's depth whenever the metrics are read."""
-        self._queue.set_function(depth)
+    def watch_queue(self, queue: BatchQueue[Any]) -> None:
+        """Read the queue and its control whenever the metrics are read."""
+        control = queue.control
+        self._queue.set_function(lambda: queue.queued)
+        self._age.set_function(lambda: queue.age_s(time.perf_counter()))
+        self._cap.set_function(lambda: control.cap)
+        self._service.set_function(lambda: control.batch_s(control.cap))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from deepseek_ray.data.events import Feedback, Prediction, Transaction
+from deepseek_ray.serving.deadline import MAX_TIMEOUT_MS
 from deepseek_ray.serving.wire import ThresholdChange
 
 OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
@@ -17,23 +18,25 @@ OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 
 _PROBLEMS = {
     "400": "The body is not JSON.",
-    "401": "The API key is missing or wrong.",
+    "401": "The API key is missing, wrong or expired.",
+    "403": "The API key's scope is too small.",
     "404": "The prediction is unknown.",
+    "408": "The body did not arrive in time.",
     "409": "A stale event, a transaction id with another content, or a label that contradicts an earlier one.",
     "413": "Too many records or bytes.",
     "422": "A field is missing, unknown, of the wrong type or out of range.",
-    "429": "The queue is full; Retry-After says when to come back.",
-    "503": "A store is not usable; Retry-After says when to come back.",
+    "429": "The queue is full, or the key's rate is used up; Retry-After says when to come back.",
+    "503": "Too late for the request's deadline, or a store is not usable; Retry-After says when to come back.",
 }
-_BODY_PROBLEMS = ("400", "401", "409", "413", "422", "429", "503")
+_BODY_PROBLEMS = ("400", "401", "403", "408", "409", "413", "422", "429", "503")
 _ROUTES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("/v1/risk/score", "post", "Score one transaction, or many in order", "score", _BODY_PROBLEMS),
     ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent", "feedback", ("404", *_BODY_PROBLEMS)),
     ("/v1/risk/threshold", "post", "Change the live version's decision threshold", "threshold", _BODY_PROBLEMS),
-    ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401",)),
+    ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401", "429")),
     ("/healthz", "get", "The process is alive", "", ()),
     ("/readyz", "get", "The service takes traffic", "", ("503",)),
-    ("/metrics", "get", "Prometheus metrics", "", ("401",)),
+    ("/metrics", "get", "Prometheus metrics", "", ("401", "429")),
 )
 
 
@@ -63,6 +66,7 @@ def _operation(summary: Any, body: Any, problems: Any, *, path: str) -> dict[str
     done = {"200": {"description": "Done.", **_content(_ANSWERS.get(body))}}
     operation: dict[str, Any] = {"summary": summary, "responses": done | {code: _problem(code) for code in problems}}
     if body:
+        operation["parameters"] = [_TIMEOUT]
         operation["requestBody"] = {"required": True, **_content(_BODIES[body])}
     if path in OPEN_ROUTES:
         operation["security"] = []
@@ -78,6 +82,12 @@ def _list(key: str, name: str) -> dict[str, Any]:
     return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: items}}
 
 
+_TIMEOUT: dict[str, Any] = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "description": "How long the answer is worth having, from arrival; beyond it 503, and no work is done.",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_MS},
+}
 _BODIES: dict[str, Any] = {
     "score": {"oneOf": [_ref("Transaction"), _list("transactions", "Transaction")]},
     "feedback": {"oneOf": [_ref("Feedback"), _list("feedback", "Feedback")]},

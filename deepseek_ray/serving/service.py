@@ -19,14 +19,18 @@ from deepseek_ray.logs import get_logger
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
 from deepseek_ray.serving.app import RiskApp, Service
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
+from deepseek_ray.serving.batch_control import BatchControl
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.champion import ChampionWatcher, InputContract, contract_of, load_champion, to_live, warm_up
 from deepseek_ray.serving.commands import Command, Result
 from deepseek_ray.serving.compaction import Compactor
+from deepseek_ray.serving.deadline import Patience
+from deepseek_ray.serving.keys import file_of
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)
@@ -46,7 +50,7 @@ class RiskService:
 
     Args:
         paths: the run whose registry, feature store and log are used.
-        key: the API key.
+        key: the environment's API key, "" where the file of keys holds others.
         registry: the registry, open.
         store: where feature states live.
         declaration: the feature declaration that the store's run was set up with.
@@ -79,17 +83,21 @@ class RiskService:
         self._rehearse()
         live = to_live(info, model, self.log.threshold(info.version))
         skew_us = round(config.max_future_skew_s * 1e6)
-        self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us)
+        buckets = config.batch_buckets
+        self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us, buckets=buckets)
         self.batcher: Batcher[Command, Result] = Batcher(
             self.predictor.run,
             max_batch_size=config.max_batch_size,
             max_queued=config.max_queued_requests,
             after=self.predictor.settle,
+            control=BatchControl(config.max_batch_size, config.slo_p99_ms / 1e3, config.batch_buckets),
         )
-        self.monitor.watch_queue(lambda: self.batcher.queued)
+        self.monitor.watch_queue(self.batcher.queue)
         self.watcher = self._watcher(registry, contract, config.poll_registry_s)
         self.compactor = Compactor(paths, config.compact_every_s, self._archived)
-        self.app = RiskApp(self._service(config), ApiKey(key))
+        keys = file_of(paths.root, config.api_keys_file)
+        keyring = Keyring(key, keys, rate=config.rate_per_key, burst_s=config.rate_burst_s)
+        self.app = RiskApp(self._service(config), keyring)
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
     def start(self) -> None:
@@ -134,6 +142,8 @@ class RiskService:
             refused=lambda: self.watcher.refused,
             healthy=lambda: self.predictor.healthy,
             shutdown=self.close,
+            patience=Patience(config.request_timeout_s, config.slo_p99_ms / 1e3, config.max_batch_size),
+            body_timeout_s=config.body_timeout_s,
         )
 
 
@@ -151,6 +161,8 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     store = FeatureClient(paths, config.stores.online_store)
     service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
     service.start()
+    serving = config.serving
+    guard(ConnectionLimits(serving.header_timeout_s, serving.body_timeout_s, serving.max_connections))
     return service.app
 
 

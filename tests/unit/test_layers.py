@@ -57,6 +57,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "cli": BASE,
     "doctor": {"cli", "kernels", *BASE},
     "verify": {"presets_moe", "parallel", "train", *BASE},
+    "commands_keys": {"cli", "serving.keys", *BASE},
     "commands": {"cli", "lineage", "report", "registry", "data", "online", "metrics", *BASE},
 }
 
