@@ -27,6 +27,9 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a key may do, each with all before it: look; send records and labels; change what the service does."""
 
 
+MAX_DAYS = 36_500
+
+
 class KeyRecord(BaseModel):
     """One key of the file.
 
@@ -115,6 +118,8 @@ def add_key(
         EnvironmentProblemError: the file is damaged or cannot be written.
     """
     key, now = generate_key(), datetime.now(UTC).replace(microsecond=0)
+    if days is not None and not 0 < days <= MAX_DAYS:
+        raise ConfigError(f"--days = {days}: out of range.", fix=f"give days above 0, at most {MAX_DAYS}, or none")
     try:
         record = KeyRecord(
             id=secrets.token_hex(4),
@@ -125,10 +130,8 @@ def add_key(
             created=now,
             expires=None if days is None else now + timedelta(days=days),
         )
-    except (ValidationError, OverflowError) as error:
+    except ValidationError as error:
         raise ConfigError(f"The key cannot be made: {error}.", fix="see: deepseek-ray keys add --help") from None
-    if days is not None and not days > 0:
-        raise ConfigError(f"--days = {days}: the key would be expired already.", fix="give a number above 0")
     with _locked(file):
         _write(file, [*read_keys(file), record])
     return record, key

@@ -30,9 +30,9 @@ _PROBLEMS = {
 }
 _BODY_PROBLEMS = ("400", "401", "403", "408", "409", "413", "422", "429", "503")
 _ROUTES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
-    ("/v1/risk/score", "post", "Score one transaction, or many in order", "score", _BODY_PROBLEMS),
-    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent", "feedback", ("404", *_BODY_PROBLEMS)),
-    ("/v1/risk/threshold", "post", "Change the live version's decision threshold", "threshold", _BODY_PROBLEMS),
+    ("/v1/risk/score", "post", "Score one transaction, or many in order.", "score", _BODY_PROBLEMS),
+    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent.", "feedback", ("404", *_BODY_PROBLEMS)),
+    ("/v1/risk/threshold", "post", "Change the live version's decision threshold.", "threshold", _BODY_PROBLEMS),
     ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401", "429")),
     ("/healthz", "get", "The process is alive", "", ()),
     ("/readyz", "get", "The service takes traffic", "", ("503",)),
@@ -66,7 +66,7 @@ def _operation(summary: Any, body: Any, problems: Any, *, path: str) -> dict[str
     done = {"200": {"description": "Done.", **_content(_ANSWERS.get(body))}}
     operation: dict[str, Any] = {"summary": summary, "responses": done | {code: _problem(code) for code in problems}}
     if body:
-        operation["parameters"] = [_TIMEOUT]
+        operation["description"] = _TIMEOUT
         operation["requestBody"] = {"required": True, **_content(_BODIES[body])}
     if path in OPEN_ROUTES:
         operation["security"] = []
@@ -82,12 +82,11 @@ def _list(key: str, name: str) -> dict[str, Any]:
     return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: items}}
 
 
-_TIMEOUT: dict[str, Any] = {
-    "name": "X-Request-Timeout-Ms",
-    "in": "header",
-    "description": "How long the answer is worth having, from arrival; beyond it 503, and no work is done.",
-    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_MS},
-}
+_TIMEOUT = (
+    "The header X-Request-Timeout-Ms says how long the answer is worth having, in milliseconds from arrival (above 0, "
+    f"at most {MAX_TIMEOUT_MS}). What would be later is answered with 503 and Retry-After, and no work is done."
+)
+"""In words and not as a parameter: a made-up time would make 503 a usual answer."""
 _BODIES: dict[str, Any] = {
     "score": {"oneOf": [_ref("Transaction"), _list("transactions", "Transaction")]},
     "feedback": {"oneOf": [_ref("Feedback"), _list("feedback", "Feedback")]},
@@ -141,7 +140,8 @@ def _route_html(path: str, method: str, operation: dict[str, Any]) -> str:
     rows = "".join(f"<tr><td>{code}</td><td>{html.escape(answer['description'])}</td></tr>" for code, answer in answers)
     body = operation.get("requestBody")
     shown = _folded("Body", body["content"]["application/json"]["schema"]) if body else ""
-    title = f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(operation['summary'])}</p>"
+    text = " ".join(operation[part] for part in ("summary", "description") if part in operation)
+    title = f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(text)}</p>"
     return f"{title}{shown}<table>{rows}</table>"
 
 
