@@ -5,7 +5,6 @@ Every route but the health ones asks for the API key; every error is a problem b
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -65,7 +64,6 @@ class Service:
         healthy: False when the service should get no traffic.
         shutdown: called once when the server stops.
         patience: deadlines of requests that name none.
-        body_timeout_s: time in which a body must arrive.
     """
 
     batcher: Batcher[Command, Result]
@@ -77,7 +75,6 @@ class Service:
     healthy: Callable[[], bool]
     shutdown: Callable[[], None]
     patience: Patience = NO_HURRY
-    body_timeout_s: float = 10.0
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
 
 
@@ -115,8 +112,7 @@ class RiskApp:
         response = await self._respond(scope, receive, path)
         await _send(send, response)
         route = path if path in self._routes else "other"
-        self._service.monitor.requests.labels(route, str(response.status)).inc()
-        self._service.monitor.latency.labels(route).observe(time.perf_counter() - start)
+        self._service.monitor.answered(route, response.status, time.perf_counter() - start)
 
     async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:
         try:
@@ -144,7 +140,7 @@ class RiskApp:
     async def _score(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         service = self._service
-        body = await _read(scope, receive, service)
+        body = await _read(scope, receive, service.max_body_bytes)
         events, many = wire.parse_transactions(body, service.limits, service.now_us())
         scope["grant"].bucket.charge(len(events) - 1)
         result = await service.batcher.submit(
@@ -161,7 +157,7 @@ class RiskApp:
     async def _feedback(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         service = self._service
-        body = await _read(scope, receive, service)
+        body = await _read(scope, receive, service.max_body_bytes)
         items, _ = wire.parse_feedback(body, service.limits, service.now_us())
         scope["grant"].bucket.charge(len(items) - 1)
         deadline_s = service.patience.deadline_s(scope["headers"], received_s)
@@ -173,7 +169,7 @@ class RiskApp:
     async def _threshold(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         service = self._service
-        change = wire.parse_threshold(await _read(scope, receive, service))
+        change = wire.parse_threshold(await _read(scope, receive, service.max_body_bytes))
         deadline_s = service.patience.deadline_s(scope["headers"], received_s)
         command = ThresholdCommand(change.threshold, change.model_version)
         live = await service.batcher.submit(command, arrived_s=received_s, deadline_s=deadline_s)
@@ -223,20 +219,8 @@ def _needed_scope(path: str, method: str) -> KeyScope:
     return "read" if method in ("GET", "HEAD") else "write"
 
 
-async def _read(scope: Scope, receive: Receive, service: Service) -> bytes:
-    try:
-        async with asyncio.timeout(service.body_timeout_s):
-            return await _read_all(scope, receive, service.max_body_bytes)
-    except TimeoutError:
-        raise RequestError(
-            f"The body was not complete within {service.body_timeout_s:g} s.",
-            status=408,
-            kind="slow-body",
-            fix="send the request again, on a better line or with fewer records",
-        ) from None
-
-
-async def _read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body; how long it may take is the server's business, see slow_clients.py."""
     declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(int(declared), limit)

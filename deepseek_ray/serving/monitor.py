@@ -24,6 +24,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = self._counter("http_requests", "Requests by route and status.", "route", "status")
         self.latency = self._histogram("http_latency_seconds", "Request to response, by route.", _LATENCY_S, "route")
         self.stage = self._histogram("stage_seconds", "Time a batch spends in each stage.", _STAGE_S, "stage")
@@ -50,6 +51,15 @@ class Monitor:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"deepseek_ray_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer and its time; looking labels up costs more than counting, so what is found is kept."""
+        found = self._answers.get((route, status))
+        if found is None:
+            found = self.requests.labels(route, str(status)), self.latency.labels(route)
+            self._answers[route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
 
     def watch_queue(self, queue: BatchQueue[Any]) -> None:
         """Read the queue and its control whenever the metrics are read."""

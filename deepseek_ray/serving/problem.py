@@ -121,8 +121,6 @@ def headers_for(status: int, error: Exception | None = None) -> list[tuple[bytes
     if status in (429, 503):
         wait_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
         return [(b"retry-after", str(max(RETRY_AFTER_S, math.ceil(wait_s))).encode())]
-    if status == 408:
-        return [(b"connection", b"close")]  # the rest of the body is not waited for
     return []
 
 

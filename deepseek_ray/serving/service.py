@@ -143,7 +143,6 @@ class RiskService:
             healthy=lambda: self.predictor.healthy,
             shutdown=self.close,
             patience=Patience(config.request_timeout_s, config.slo_p99_ms / 1e3, config.max_batch_size),
-            body_timeout_s=config.body_timeout_s,
         )
 
 
@@ -162,7 +161,8 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     service = RiskService(paths, registry, store, store.declaration(), config.serving, key)
     service.start()
     serving = config.serving
-    guard(ConnectionLimits(serving.header_timeout_s, serving.body_timeout_s, serving.max_connections))
+    limits = ConnectionLimits(serving.header_timeout_s, serving.body_timeout_s, serving.max_connections)
+    guard(limits, lambda reason: service.monitor.shed.labels(reason).inc())
     return service.app
 
 

@@ -8,17 +8,17 @@ A request that arrives whole, in one read, costs it a comparison and no timer.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from uvicorn import config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError
+from deepseek_ray.serving import problem
 
 _IDLE, _HEADERS, _BODY = range(3)
-_GRACE_S = 1.0
-"""A body that is late is answered by the application; only a connection that does not end then is cut here."""
-_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-_TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits; see ``guard``."""
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+    refused: ClassVar[Callable[[str], object]] = staticmethod(lambda reason: None)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -50,8 +51,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Start the clock of the first request."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            transport.write(_TOO_MANY)
-            transport.close()
+            self._refuse(_too_many(self.limits.connections))
             return
         self._part = _HEADERS
         self._watch()
@@ -91,20 +91,63 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._part == _HEADERS:
             self._timer = self.loop.call_later(self.limits.header_s, self._cut)
         elif self._part == _BODY:
-            self._timer = self.loop.call_later(self.limits.body_s + _GRACE_S, self._cut)
+            self._timer = self.loop.call_later(self.limits.body_s, self._cut)
 
     def _cut(self) -> None:
+        waits = self.cycle is not None and not self.cycle.response_complete
         if self.transport.is_closing():
             return
-        if self._part == _HEADERS and self.cycle is not None and not self.cycle.response_complete:
+        if self._part == _HEADERS and waits:
             self._watch()  # the request before it waits for its answer, and reading is paused until then
-            return
-        if self._part == _HEADERS:
-            self.transport.write(_TOO_SLOW)
+        elif self._part == _HEADERS:
+            self._refuse(_too_slow("headers", self.limits.header_s))
+        elif waits and not self.cycle.response_started:
+            self._refuse(_too_slow("body", self.limits.body_s))
+        else:  # answered long ago, and still sending
+            self.transport.close()
+
+    def _refuse(self, error: RequestError | OverloadedError) -> None:
+        type(self).refused(error.kind)
+        self.transport.write(_answer(error))
         self.transport.close()
 
 
-def guard(limits: ConnectionLimits) -> None:
-    """Make every uvicorn server that this process starts from now on keep the limits, Ray Serve's included."""
+def _too_slow(part: str, allowed_s: float) -> RequestError:
+    return RequestError(
+        f"The {part} of the request did not arrive within {allowed_s:g} s.",
+        status=408,
+        kind=f"slow-{part}",
+        fix="send the request again, on a better line or with fewer records",
+    )
+
+
+def _too_many(allowed: int) -> OverloadedError:
+    return OverloadedError(
+        f"{allowed} connections are open, and no more are taken.",
+        fix="keep fewer connections and use each for many requests, or raise serving.max_connections",
+        kind="connections",
+    )
+
+
+def _answer(error: DeepseekRayError) -> bytes:
+    """A whole answer for a connection that no application serves, and its end."""
+    status, body = problem.to_problem(error)
+    text = problem.encode(body)
+    headers = [
+        (b"content-type", problem.CONTENT_TYPE),
+        (b"content-length", str(len(text)).encode()),
+        (b"connection", b"close"),
+        *problem.headers_for(status, error),
+    ]
+    return b"".join([STATUS_LINE[status], *(b"%s: %s\r\n" % header for header in headers), b"\r\n", text])
+
+
+def guard(limits: ConnectionLimits, refused: Callable[[str], object] = lambda reason: None) -> None:
+    """Make every uvicorn server that this process starts from now on keep the limits, Ray Serve's included.
+
+    Args:
+        refused: told the reason whenever a connection is ended: slow-headers, slow-body or connections.
+    """
     GuardedProtocol.limits = limits
+    GuardedProtocol.refused = staticmethod(refused)
     config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedProtocol.__name__}"
