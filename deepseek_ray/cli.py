@@ -133,7 +133,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deepseek-ray {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_doctor, _add_explain, _add_verify, _add_plan, _add_registry, _add_traffic, _add_compact):
+    for add in (
+        _add_doctor,
+        _add_explain,
+        _add_verify,
+        _add_plan,
+        _add_registry,
+        _add_traffic,
+        _add_compact,
+        _add_keys,
+    ):
         add(verbs)
     for verb, (_, summary) in PROGRAMS.items():
         verbs.add_parser(verb, help=summary, add_help=False)  # started by name before parsing
@@ -249,6 +258,23 @@ def _add_compact(verbs: Verbs) -> None:
     verb = verbs.add_parser("compact", help="move the prediction log into parquet")
     verb.add_argument("--prune", action="store_true", help="drop the vectors from the log that the parquet holds")
     _run_here(verb, "deepseek_ray.commands:compact")
+
+
+def _add_keys(verbs: Verbs) -> None:
+    keys = verbs.add_parser("keys", help="API keys of a service: add, list, revoke; no restart needed")
+    actions = keys.add_subparsers(metavar="ACTION", required=True)
+    verb = actions.add_parser("add", help="make a key, print it once, and note its digest")
+    verb.add_argument("name", metavar="NAME", help="who uses it")
+    verb.add_argument("--scope", choices=("read", "write", "admin"), default="write", help="default: write")
+    verb.add_argument("--days", type=float, help="valid for so long (default: until it is revoked)")
+    verb.add_argument("--rate", type=float, metavar="R", help="records a second (default: serving.rate_per_key)")
+    _run_here(verb, "deepseek_ray.commands_keys:add")
+    verb = actions.add_parser("list", help="names, scopes, rates and ends")
+    verb.add_argument("--json", action="store_true", help="print everything as JSON")
+    _run_here(verb, "deepseek_ray.commands_keys:show")
+    verb = actions.add_parser("revoke", help="take a key back; it is refused a second later")
+    verb.add_argument("key", metavar="ID_OR_NAME", help="an id, or a name and with it all its keys")
+    _run_here(verb, "deepseek_ray.commands_keys:revoke")
 
 
 def _run_here(verb: argparse.ArgumentParser, command: str) -> None:

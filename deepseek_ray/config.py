@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from deepseek_ray.errors import ConfigError
 
@@ -120,7 +120,20 @@ class ServingConfig(Section):
     port: int = Field(8000, ge=0, le=65_535)
     rpc_port: int = Field(0, ge=-1, le=65_535, description="of gRPC; 0: a free one, -1: no gRPC")
     api_key_env: str = "DEEPSEEK_RAY_API_KEY"
+    api_keys_file: str = Field("", description="digests of further keys; empty: api_keys.json of the run folder")
+    rate_per_key: float = Field(0.0, ge=0, description="records a second that a key may send; 0: no limit")
+    rate_burst_s: float = Field(2.0, gt=0, description="seconds of that rate that may come at once")
+    tls_certfile: str = Field("", description="PEM certificate chain; with tls_keyfile the service speaks HTTPS only")
+    tls_keyfile: str = Field("", description="PEM private key of tls_certfile, without a password")
     max_batch_size: int = Field(64, ge=1)
+    batch_buckets: list[PositiveInt] = Field([], description="sizes that batches are padded to, for compiled models")
+    slo_p99_ms: float = Field(0.0, ge=0, description="objective from arrival to answer: moves the batch cap, and what "
+                              "would be later is refused; 0: none")  # fmt: skip
+    request_timeout_s: float = Field(30.0, gt=0, description="deadline of a request that names none")
+    header_timeout_s: float = Field(10.0, gt=0, description="time in which a request's headers must arrive")
+    body_timeout_s: float = Field(10.0, gt=0, description="time in which a request's body must arrive")
+    keep_alive_timeout_s: int = Field(60, ge=1, description="how long an idle connection stays open")
+    max_connections: int = Field(1_000, ge=1, description="connections open at a time; more are refused")
     max_queued_requests: int = Field(2_000, ge=1)
     max_body_bytes: int = Field(4 << 20, ge=1_024)
     max_transactions: int = Field(1_000, ge=1, description="transactions a request")
@@ -137,6 +150,8 @@ class ServingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ServingConfig:
+        if bool(self.tls_certfile) != bool(self.tls_keyfile):
+            raise ValueError("serving.tls_certfile and serving.tls_keyfile must be given together")
         if self.threshold_policy == "cost" and not 0 < self.review_cost < self.missed_fraud_cost:
             raise ValueError(
                 f"threshold_policy=cost needs 0 < review_cost={self.review_cost:g} "

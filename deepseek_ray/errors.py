@@ -16,7 +16,8 @@
     │   └── ProtectedVersionError  the version stands behind an alias
     ├── ServingError           a request cannot be served
     │   ├── RequestError       the request is wrong (HTTP 4xx)
-    │   ├── OverloadedError    the queue is full (HTTP 429)
+    │   ├── OverloadedError    no room now: the queue is full, or a rate is used up (HTTP 429)
+    │   │   └── LateError      it would be answered after its deadline: not done (HTTP 503)
     │   ├── UnreachableError   no connection to the service, or it broke
     │   └── DeadlineError      the caller's deadline passed before the answer
     └── EnvironmentProblemError  a port, disk, tool or credential is not usable
@@ -147,6 +148,10 @@ class OverloadedError(ServingError):
         super().__init__(message, fix=fix)
         self.kind = kind
         self.retry_after_s = retry_after_s
+
+
+class LateError(OverloadedError):
+    """The answer would come after the request's deadline, so the work was not done; retry later."""
 
 
 class UnreachableError(ServingError):

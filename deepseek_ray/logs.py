@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 import time
+import traceback
+from pathlib import Path
 
 QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -32,6 +35,17 @@ def hide_password(text: str) -> str:
 def drop_password(text: str) -> str:
     """The text without the password in an address; the user's name stays, so that it still connects."""
     return re.sub(r"(://[^/\s:@]*):[^/\s]*@", r"\1@", text)
+
+
+def trace_of(error: BaseException) -> str:
+    """Where an unforeseen error came from, without its message: a message may quote a card, a key, a row.
+
+    Errors of the operating system and of SQLite speak of files and disks, so theirs is kept.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    detail = f" ({error})" if isinstance(error, OSError | sqlite3.Error) else ""
+    return f"{type(error).__name__}{detail} at {where or 'an unknown place'}"
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -81,6 +81,11 @@ class RunPaths:
         return self.root / "serving" / "shadow.db"
 
     @property
+    def api_keys(self) -> Path:
+        """Digests of API keys; see serving/keys.py."""
+        return self.root / "api_keys.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Training checkpoints."""
         return self.root / "checkpoints"
@@ -194,9 +199,10 @@ def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any] | Sequen
     return target
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a text file, whole or not at all; an older one stays until then."""
+def replace_text(file: Path, text: str, mode: int = 0o666) -> None:
+    """Write a text file, whole or not at all; an older one stays until then. The umask narrows its mode."""
     draft = file.with_name(f".{file.name}-{os.getpid()}")
+    draft.touch(mode)
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, file)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from deepseek_ray.errors import EnvironmentProblemError, ServingError
@@ -59,6 +61,25 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
+def check_certificate(certfile: Path, keyfile: Path) -> None:
+    """Make sure that a certificate and its key can be used.
+
+    Raises:
+        EnvironmentProblemError: one cannot be read, the key wants a password, or they do not belong together.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password=_no_password)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise EnvironmentProblemError(
+            f"TLS cannot use serving.tls_certfile {str(certfile)!r}, serving.tls_keyfile {str(keyfile)!r}: {error}.",
+            fix="give a PEM certificate and its PEM key without a password, both readable by the service's user",
+        ) from error
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that was free a moment ago."""
     with closing(socket.socket()) as probe:
@@ -66,13 +87,15 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def start(factory: Callable[..., Any], *args: Any, host: str) -> None:
+def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str, Any] | None = None) -> None:
     """Start a local cluster and deploy ``factory(*args)``, an ASGI application, made inside the replica.
 
     Args:
         factory: importable function.
         args: picklable arguments.
         host: address to listen on; the port is the one given to ``prepare``.
+        http: further fields of Serve's HTTPOptions: the replica's own server takes certificate, key and
+            ``keep_alive_timeout_s`` from there.
     """
     import ray  # not before ``prepare``
     from ray import serve
@@ -88,7 +111,8 @@ def start(factory: Callable[..., Any], *args: Any, host: str) -> None:
         runtime_env={"env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": "1"}},
     )
     # Ray has no direct ingress without a proxy: it gets a port of its own on this machine, and no traffic.
-    serve.start(http_options={"host": host, "port": free_port(host)}, logging_config={"enable_access_log": False})
+    options = {"host": host, "port": free_port(host), **(http or {})}
+    serve.start(http_options=options, logging_config={"enable_access_log": False})
     try:
         serve.run(_deployment(serve).bind(factory, *args), name=APP_NAME, route_prefix="/", blocking=False)
     except RuntimeError as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from deepseek_ray.cli import add_settings, guarded
 from deepseek_ray.config import Config
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.serving.keys import file_of
 from deepseek_ray.serving.model_service import Target, find, is_uri
 from serve_apps import ingress, terminal
 
@@ -28,22 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elsewhere = "" if options.run else os.environ.get("MLFLOW_TRACKING_URI", "")
     needs_run = is_uri(options.model) and not elsewhere
     config, paths = terminal.settings_of(options, "use" if needs_run else "make")
-    key = terminal.api_key(config.serving.api_key_env, generate=options.generate_key)
-    config = terminal.with_ports(config)
+    key = terminal.api_key(config.serving, paths, generate=options.generate_key)
+    config = terminal.with_ports(terminal.with_certificate(config, paths))
     ingress.prepare(config.serving.host, config.serving.port)
     with tempfile.TemporaryDirectory(prefix="deepseek-ray-model-") as folder:
         target = _find(options, config, paths, elsewhere, Path(folder))
-        build_arguments = (asdict(target), config.model_dump(), options.device, key)
-        start = functools.partial(ingress.start, build, *build_arguments, host=config.serving.host)
+        key_file = str(file_of(paths.root, config.serving.api_keys_file))
+        build_arguments = (asdict(target), config.model_dump(), options.device, key, key_file)
+        http = terminal.http_options(config.serving)
+        start = functools.partial(ingress.start, build, *build_arguments, host=config.serving.host, http=http)
         terminal.serve(f"{target.name!r} of {target.source}", config, start)
     return 0
 
 
-def build(target: dict[str, str], settings: dict[str, object], device: str, key: str) -> object:
+def build(target: dict[str, str], settings: dict[str, object], device: str, key: str, key_file: str) -> object:
     """The ASGI application; called inside the replica."""
     from deepseek_ray.serving.model_service import open_app  # seconds of imports that the driver does without
 
-    return open_app(target, settings, device, key)
+    return open_app(target, settings, device, key, key_file)
 
 
 def _find(options: argparse.Namespace, config: Config, paths: RunPaths, elsewhere: str, cache: Path) -> Target:

@@ -21,15 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop; returns the exit status."""
     options = _parser().parse_args(arguments)
     config, paths = terminal.settings_of(options)
-    key = terminal.api_key(config.serving.api_key_env, generate=options.generate_key)
-    config = terminal.with_ports(config)
+    key = terminal.api_key(config.serving, paths, generate=options.generate_key)
+    config = terminal.with_ports(terminal.with_certificate(config, paths))
     ingress.prepare(config.serving.host, config.serving.port)
     _check_champion(paths, config)
     run = str(paths.create().root)
+    http = terminal.http_options(config.serving)
     terminal.serve(
         f"{config.model_name!r} of {run}",
         config,
-        lambda: ingress.start(build, run, config.model_dump(), key, host=config.serving.host),
+        lambda: ingress.start(build, run, config.model_dump(), key, host=config.serving.host, http=http),
     )
     return 0
 

@@ -6,11 +6,13 @@ import argparse
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from deepseek_ray import cli
-from deepseek_ray.config import Config
+from deepseek_ray.config import Config, ServingConfig
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.serving.auth import generate_key, load_key
+from deepseek_ray.serving.auth import load_key
+from deepseek_ray.serving.keys import file_of, generate_key
 from deepseek_ray.settings import Purpose
 from serve_apps import ingress
 
@@ -32,10 +34,10 @@ def settings_of(options: argparse.Namespace, purpose: Purpose = "use") -> tuple[
     return cli.settings_of(options, purpose)
 
 
-def api_key(variable: str, *, generate: bool) -> str:
-    """The key in an environment variable, or a fresh one, printed."""
+def api_key(serving: ServingConfig, paths: RunPaths, *, generate: bool) -> str:
+    """The environment's key, "" where only the file of keys holds some, or a fresh one, printed."""
     if not generate:
-        return load_key(variable)
+        return load_key(serving.api_key_env, file_of(paths.root, serving.api_keys_file))
     key = generate_key()
     print(f"API key: {key}", flush=True)
     return key
@@ -48,6 +50,29 @@ def with_ports(config: Config) -> Config:
         while getattr(serving, name) == 0 or serving.port == serving.rpc_port:
             serving = serving.model_copy(update={name: ingress.free_port(serving.host)})
     return config.model_copy(update={"serving": serving})
+
+
+def with_certificate(config: Config, paths: RunPaths) -> Config:
+    """The settings with the certificate's files as absolute paths; they are named as seen from the run.
+
+    Raises:
+        EnvironmentProblemError: they cannot be used.
+    """
+    serving = config.serving
+    if not serving.tls_certfile:
+        return config
+    certfile, keyfile = (paths.root / name for name in (serving.tls_certfile, serving.tls_keyfile))
+    ingress.check_certificate(certfile, keyfile)
+    files = {"tls_certfile": str(certfile.resolve()), "tls_keyfile": str(keyfile.resolve())}
+    return config.model_copy(update={"serving": serving.model_copy(update=files)})
+
+
+def http_options(serving: ServingConfig) -> dict[str, Any]:
+    """What the replica's own server is told."""
+    options: dict[str, Any] = {"keep_alive_timeout_s": serving.keep_alive_timeout_s}
+    if not serving.tls_certfile:
+        return options
+    return options | {"ssl_certfile": serving.tls_certfile, "ssl_keyfile": serving.tls_keyfile}
 
 
 def serve(what: str, config: Config, start: Callable[[], None]) -> None:
@@ -63,7 +88,8 @@ def serve(what: str, config: Config, start: Callable[[], None]) -> None:
         start()
         stop = _stop_signal()
         rpc = f", gRPC on port {serving.rpc_port}" if serving.rpc_port > 0 else ""
-        print(f"serving {what} at http://{serving.host}:{serving.port}{rpc}, described at /docs", flush=True)
+        scheme = "https" if serving.tls_certfile else "http"
+        print(f"serving {what} at {scheme}://{serving.host}:{serving.port}{rpc}, described at /docs", flush=True)
         stop.wait()
     finally:
         ingress.stop()

@@ -11,7 +11,7 @@ from typing import Any
 from deepseek_ray.errors import OverloadedError, ServingError
 from deepseek_ray.serving import openapi, wire
 from deepseek_ray.serving.asgi import AsgiApp, Receive, Response, Routes, Scope, json_response, read_body
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.commands import (
     Command,
@@ -23,7 +23,11 @@ from deepseek_ray.serving.commands import (
     ScoreResult,
     ThresholdCommand,
 )
+from deepseek_ray.serving.deadline import NO_HURRY, Patience
 from deepseek_ray.serving.monitor import Monitor
+
+ADMIN_ROUTES = frozenset({"/v1/risk/threshold"})
+"""Routes that change what the service does for everyone."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Service:
         healthy: False when the service should get no traffic.
         shutdown: called once when the server stops.
         standing: the arms beside the champion, and how this replica came to its version.
+        patience: deadlines of requests that name none.
     """
 
     batcher: Batcher[Command, Result]
@@ -46,6 +51,7 @@ class Service:
     refused: Callable[[], str]
     healthy: Callable[[], bool]
     shutdown: Callable[[], None]
+    patience: Patience = NO_HURRY
     now_us: Callable[[], int] = lambda: time.time_ns() // 1_000
     standing: Callable[[], dict[str, Any]] = dict
 
@@ -53,7 +59,7 @@ class Service:
 class RiskApp(AsgiApp):
     """ASGI application of the risk service."""
 
-    def __init__(self, service: Service, key: ApiKey) -> None:
+    def __init__(self, service: Service, keys: Keyring) -> None:
         self._service = service
         routes: Routes = {
             "/v1/risk/score": {"POST": self._score},
@@ -62,30 +68,51 @@ class RiskApp(AsgiApp):
             "/v1/risk/model": {"GET": self._model},
             "/readyz": {"GET": self._readyz},
         }
-        super().__init__(routes, key, service.monitor, document=openapi.document, shutdown=service.shutdown)
+        super().__init__(
+            routes,
+            keys,
+            service.monitor,
+            document=openapi.document,
+            shutdown=service.shutdown,
+            admin_routes=ADMIN_ROUTES,
+        )
 
     async def _score(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         service = self._service
         body = await read_body(scope, receive, service.max_body_bytes)
         events, many = wire.parse_transactions(body, service.limits, service.now_us())
-        result = await service.batcher.submit(ScoreCommand(events, received_s), weight=len(events))
+        scope["grant"].bucket.charge(len(events) - 1)
+        result = await service.batcher.submit(
+            ScoreCommand(events, received_s),
+            weight=len(events),
+            arrived_s=received_s,
+            deadline_s=service.patience.deadline_s(scope["headers"], received_s, len(events)),
+        )
         assert isinstance(result, ScoreResult)
         encoded = [item.model_dump_json().encode("utf-8") for item in result.predictions]
         headers = ((b"x-repeated", str(result.repeated).encode()),) if result.repeated else ()
         return Response(200, b'{"predictions":[' + b",".join(encoded) + b"]}" if many else encoded[0], headers=headers)
 
     async def _feedback(self, scope: Scope, receive: Receive) -> Response:
+        received_s = time.perf_counter()
         service = self._service
         body = await read_body(scope, receive, service.max_body_bytes)
         items, _ = wire.parse_feedback(body, service.limits, service.now_us())
-        result = await service.batcher.submit(FeedbackCommand(items), weight=len(items))
+        scope["grant"].bucket.charge(len(items) - 1)
+        deadline_s = service.patience.deadline_s(scope["headers"], received_s)
+        command = FeedbackCommand(items)
+        result = await service.batcher.submit(command, weight=len(items), arrived_s=received_s, deadline_s=deadline_s)
         assert isinstance(result, FeedbackResult)
         return json_response({"accepted": result.accepted, "repeated": result.repeated})
 
     async def _threshold(self, scope: Scope, receive: Receive) -> Response:
-        change = wire.parse_threshold(await read_body(scope, receive, self._service.max_body_bytes))
-        live = await self._service.batcher.submit(ThresholdCommand(change.threshold, change.model_version))
+        received_s = time.perf_counter()
+        service = self._service
+        change = wire.parse_threshold(await read_body(scope, receive, service.max_body_bytes))
+        deadline_s = service.patience.deadline_s(scope["headers"], received_s)
+        command = ThresholdCommand(change.threshold, change.model_version)
+        live = await service.batcher.submit(command, arrived_s=received_s, deadline_s=deadline_s)
         assert isinstance(live, LiveModel)
         return json_response(_describe(live, self._service.refused()))
 

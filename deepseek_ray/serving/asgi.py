@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deepseek_ray.errors import DeepseekRayError, RequestError
-from deepseek_ray.logs import get_logger
+from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError
+from deepseek_ray.logs import get_logger, trace_of
 from deepseek_ray.serving import openapi, problem
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
+from deepseek_ray.serving.keys import Scope as KeyScope
 from deepseek_ray.serving.monitor import HttpMonitor
 
 logger = get_logger(__name__)
@@ -62,20 +63,22 @@ class AsgiApp:
 
     Args:
         routes: path -> method -> handler.
-        key: the API key.
+        keys: who may call.
         monitor: where requests are counted and timed.
         document: the OpenAPI document, shown as data and as a page.
         shutdown: called once when the server stops.
+        admin_routes: paths that change what the service does for everyone.
     """
 
     def __init__(
         self,
         routes: Routes,
-        key: ApiKey,
+        keys: Keyring,
         monitor: HttpMonitor,
         *,
         document: Callable[[], dict[str, Any]],
         shutdown: Callable[[], None],
+        admin_routes: Collection[str] = (),
     ) -> None:
         self.routes: Routes = {
             **routes,
@@ -85,7 +88,8 @@ class AsgiApp:
             "/docs": {"GET": self._docs},
         }
         self.beside: Beside | None = None
-        self._key = key
+        self._keys = keys
+        self._admin_routes = frozenset(admin_routes)
         self._monitor = monitor
         self._document = document
         self._shutdown = shutdown
@@ -106,19 +110,26 @@ class AsgiApp:
         path = scope["path"]
         response = await self._respond(scope, receive, path)
         route = path if path in self.routes else "other"
-        self._monitor.requests.labels(route, str(response.status)).inc()
-        self._monitor.latency.labels(route).observe(time.perf_counter() - start)
+        self._monitor.answered(route, response.status, time.perf_counter() - start)
         return response
 
     async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:
         try:
             if path not in openapi.OPEN_ROUTES:
-                self._key.check(scope["headers"])
+                scope["grant"] = self._keys.check(scope["headers"], self._needed(path, scope["method"]))
             return await self._find(path, scope["method"])(scope, receive)
         except Exception as error:
-            if not isinstance(error, DeepseekRayError):
-                logger.exception("request to %s failed", path if path in self.routes else "an unknown path")
+            if isinstance(error, OverloadedError):
+                self._monitor.shed.labels(error.kind).inc()
+            elif not isinstance(error, DeepseekRayError):
+                route = path if path in self.routes else "an unknown path"
+                logger.error("request to %s failed: %s", route, trace_of(error))
             return _problem(error)
+
+    def _needed(self, path: str, method: str) -> KeyScope:
+        if path in self._admin_routes:
+            return "admin"
+        return "read" if method in ("GET", "HEAD") else "write"
 
     def _find(self, path: str, method: str) -> Handler:
         methods = self.routes.get(path)
@@ -157,7 +168,7 @@ class AsgiApp:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body of a request.
+    """The whole body of a request; how long it may take is the server's business, see slow_clients.py.
 
     Raises:
         RequestError: 413 more than ``limit`` bytes, 400 the client left.

@@ -2,19 +2,23 @@
 
 No timer delays a lone request, and under load batches grow by themselves. One worker thread runs
 the batches in order of arrival, so what it owns (feature state, prediction log) needs no locks.
+What would be answered after its deadline is refused at once, or passed over when its turn comes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from deepseek_ray.errors import OverloadedError
-from deepseek_ray.logs import get_logger
+from deepseek_ray.errors import LateError, OverloadedError
+from deepseek_ray.logs import get_logger, trace_of
+from deepseek_ray.serving.batch_control import BatchControl
+from deepseek_ray.serving.batch_queue import BatchQueue, Entry, Refusal
 
 logger = get_logger(__name__)
 
@@ -22,12 +26,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Waiting(Generic[Item, Result]):
     item: Item
-    weight: int
     future: asyncio.Future[Result]
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def gone(self) -> bool:
+        """Its client has left: nothing was done yet, nothing is lost."""
+        return self.future.cancelled()
 
 
 class Batcher(Generic[Item, Result]):
@@ -39,6 +47,10 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: cap on the summed weight of a batch; a heavier single item runs alone.
         max_queued: cap on the summed weight that waits; beyond it ``submit`` refuses.
         after: called by the worker when a batch's answers have been handed over, for deferred writes.
+        control: moves the cap and predicts; by default the cap stays at ``max_batch_size``.
+
+    Attributes:
+        queue: what waits, with its control; read it for metrics only.
     """
 
     def __init__(
@@ -48,14 +60,15 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: int,
         max_queued: int,
         after: Callable[[], None] | None = None,
+        control: BatchControl | None = None,
         name: str = "batch-worker",
     ) -> None:
         self._work = work
-        self._max_batch_size = max_batch_size
         self._max_queued = max_queued
         self._after = after
-        self._waiting: deque[_Waiting[Item, Result]] = deque()
-        self._queued = 0
+        self.queue: BatchQueue[_Waiting[Item, Result]] = BatchQueue(
+            control or BatchControl(max_batch_size), max_queued, gone=lambda waiting: waiting.gone
+        )
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -64,28 +77,35 @@ class Batcher(Generic[Item, Result]):
     @property
     def queued(self) -> int:
         """Weight that waits now, the running batch not included."""
-        return self._queued
+        return self.queue.queued
 
-    async def submit(self, item: Item, *, weight: int = 1) -> Result:
+    async def submit(
+        self, item: Item, *, weight: int = 1, arrived_s: float | None = None, deadline_s: float = math.inf
+    ) -> Result:
         """Wait for an item's result.
+
+        Args:
+            weight: what it counts for in a batch.
+            arrived_s: when its request arrived, ``time.perf_counter``; now, if not given.
+            deadline_s: when its answer is worth nothing any more, ``time.perf_counter``.
 
         Raises:
             OverloadedError: the queue is full, or the batcher is closed.
+            LateError: it would be answered after its deadline, or was not reached before; no work was done.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
+        now_s = time.perf_counter()
+        waiting: _Waiting[Item, Result] = _Waiting(item, loop.create_future(), loop)
+        entry = Entry(waiting, weight, now_s if arrived_s is None else arrived_s, deadline_s)
         with self._wake:
             if self._closed:
                 raise OverloadedError("The service is shutting down.", fix="retry against the next instance")
-            if self._queued and self._queued + weight > self._max_queued:
-                raise OverloadedError(
-                    f"The queue holds {self._queued} of at most {self._max_queued} transactions.",
-                    fix="retry after a second, or raise serving.max_queued_requests",
-                )
-            self._waiting.append(_Waiting(item, weight, future, loop))
-            self._queued += weight
-            self._wake.notify()
-        return await future
+            refusal = self.queue.offer(entry, now_s)
+            if refusal is None:
+                self._wake.notify()
+        if refusal is not None:
+            raise self._refused(refusal, entry, now_s)
+        return await waiting.future
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish what waits, refuse what comes, stop the worker."""
@@ -94,30 +114,35 @@ class Batcher(Generic[Item, Result]):
             self._wake.notify()
         self._thread.join(timeout_s)
 
+    def _refused(self, refusal: Refusal, entry: Entry[_Waiting[Item, Result]], now_s: float) -> OverloadedError:
+        if refusal.reason == "queue_full":
+            return OverloadedError(
+                f"The queue holds {self.queued} of at most {self._max_queued} transactions.",
+                fix="retry after a second, or raise serving.max_queued_requests",
+                retry_after_s=refusal.wait_s,
+            )
+        what = f"would be answered in {refusal.wait_s * 1e3:.0f} ms"
+        return _late(what, "deadline", entry, now_s, refusal.wait_s)
+
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
             if batch:
                 _finish(batch, self._results(batch))
                 self._run_after()
+                with self._wake:
+                    self.queue.finished(time.perf_counter())
 
     def _next_batch(self) -> list[_Waiting[Item, Result]] | None:
         with self._wake:
-            while not self._waiting and not self._closed:
+            while not len(self.queue) and not self._closed:
                 self._wake.wait()
-            if not self._waiting:
+            if not len(self.queue):
                 return None
-            return self._take()
-
-    def _take(self) -> list[_Waiting[Item, Result]]:
-        batch: list[_Waiting[Item, Result]] = []
-        weight = 0
-        while self._waiting and (not batch or weight + self._waiting[0].weight <= self._max_batch_size):
-            head = self._waiting.popleft()
-            self._queued -= head.weight
-            if not head.future.cancelled():  # its client has gone: nothing was done yet, nothing is lost
-                batch.append(head)
-                weight += head.weight
-        return batch
+            now_s = time.perf_counter()
+            batch, late = self.queue.take(now_s)
+        if late:
+            _finish([entry.item for entry in late], [_expired(entry, now_s) for entry in late])
+        return [entry.item for entry in batch]
 
     def _results(self, batch: Sequence[_Waiting[Item, Result]]) -> Sequence[Result | Exception]:
         try:
@@ -132,8 +157,22 @@ class Batcher(Generic[Item, Result]):
             return
         try:
             self._after()
-        except Exception:  # the worker must outlive any deferred write
-            logger.exception("work after a batch failed")
+        except Exception as error:  # the worker must outlive any deferred write
+            logger.error("work after a batch failed: %s", trace_of(error))
+
+
+def _expired(entry: Entry[_Waiting[Item, Result]], now_s: float) -> LateError:
+    return _late(f"has waited {(now_s - entry.arrived_s) * 1e3:.0f} ms", "expired", entry, now_s)
+
+
+def _late(what: str, kind: str, entry: Entry[_Waiting[Item, Result]], now_s: float, wait_s: float = 0.0) -> LateError:
+    left_ms = (entry.deadline_s - now_s) * 1e3
+    return LateError(
+        f"The request {what}; its deadline {f'is in {left_ms:.0f} ms' if left_ms > 0 else 'is past'}.",
+        fix="retry later, or allow more time with the header X-Request-Timeout-Ms",
+        kind=kind,
+        retry_after_s=wait_s,
+    )
 
 
 def _finish(batch: Sequence[_Waiting[Item, Result]], results: Sequence[Result | Exception]) -> None:

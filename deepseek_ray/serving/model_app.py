@@ -12,8 +12,9 @@ import orjson
 from deepseek_ray.logs import get_logger
 from deepseek_ray.serving import openapi
 from deepseek_ray.serving.asgi import AsgiApp, Receive, Response, Routes, Scope, json_response, read_body
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
+from deepseek_ray.serving.deadline import NO_HURRY, Patience
 from deepseek_ray.serving.model_kinds import ServedModel
 from deepseek_ray.serving.model_records import Batch, Records
 from deepseek_ray.serving.monitor import HttpMonitor
@@ -77,6 +78,7 @@ class ModelApp(AsgiApp):
         batcher: in front of a :class:`ModelWork` of the model.
         max_rows: records a request.
         max_body_bytes: of a request.
+        patience: deadlines of requests that name none.
         shutdown: called once when the server stops.
     """
 
@@ -85,16 +87,17 @@ class ModelApp(AsgiApp):
         model: ServedModel,
         identity: ModelIdentity,
         batcher: Batcher[Batch, Sequence[Any]],
-        key: ApiKey,
+        keys: Keyring,
         monitor: HttpMonitor,
         *,
         max_rows: int,
         max_body_bytes: int,
         shutdown: Callable[[], None],
+        patience: Patience = NO_HURRY,
     ) -> None:
         self._model, self._identity, self._batcher = model, identity, batcher
         self._records = Records(model.columns, max_rows)
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._patience = max_body_bytes, patience
         self._head = b'{"model":%b,"version":%b,"predictions":' % (
             orjson.dumps(identity.name),
             orjson.dumps(identity.version),
@@ -106,12 +109,19 @@ class ModelApp(AsgiApp):
             self._path: {"GET": self._metadata},
             "/readyz": {"GET": self._readyz},
         }
-        super().__init__(routes, key, monitor, document=self._describe, shutdown=shutdown)
+        super().__init__(routes, keys, monitor, document=self._describe, shutdown=shutdown)
 
     async def _predict(self, scope: Scope, receive: Receive) -> Response:
+        received_s = time.perf_counter()
         batch = self._records.parse(await read_body(scope, receive, self._max_body_bytes))
         self._model.check(batch)
-        answers = await self._batcher.submit(batch, weight=batch.num_rows)
+        scope["grant"].bucket.charge(batch.num_rows - 1)
+        answers = await self._batcher.submit(
+            batch,
+            weight=batch.num_rows,
+            arrived_s=received_s,
+            deadline_s=self._patience.deadline_s(scope["headers"], received_s, batch.num_rows),
+        )
         return Response(200, self._head + orjson.dumps(list(answers)) + b"}")
 
     async def _metadata(self, scope: Scope, receive: Receive) -> Response:

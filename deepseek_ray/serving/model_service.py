@@ -81,22 +81,28 @@ def _checked(folder: ModelFolder, name: str, version: str, run_id: str, source: 
     return Target(str(folder.path), folder.kind, name, version, run_id, source)
 
 
-def open_app(target: Mapping[str, Any], settings: Mapping[str, Any], device: str, key: str) -> object:
+def open_app(
+    target: Mapping[str, Any], settings: Mapping[str, Any], device: str, key: str, key_file: str = ""
+) -> object:
     """The HTTP application of a model, with gRPC beside it; called inside the replica.
 
     Args:
         target: a :class:`Target` as a mapping.
         settings: a ``Config`` as a mapping.
         device: ``auto``, ``cpu`` or ``cuda``.
-        key: the API key.
+        key: the environment's API key, "" where the file of keys holds others.
+        key_file: path of the file of keys, "" for none.
     """
-    from deepseek_ray.serving.auth import ApiKey
+    from deepseek_ray.serving.auth import Keyring
+    from deepseek_ray.serving.batch_control import BatchControl
     from deepseek_ray.serving.batching import Batcher
+    from deepseek_ray.serving.deadline import Patience
     from deepseek_ray.serving.model_app import ModelApp, ModelIdentity, ModelWork
     from deepseek_ray.serving.model_kinds import load
     from deepseek_ray.serving.model_records import Batch
     from deepseek_ray.serving.monitor import HttpMonitor
     from deepseek_ray.serving.rpc_server import attach
+    from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 
     found, config = Target(**target), Config.model_validate(settings).serving
     model = load(ModelFolder(Path(found.path), found.kind), device)  # type: ignore[arg-type]
@@ -104,12 +110,18 @@ def open_app(target: Mapping[str, Any], settings: Mapping[str, Any], device: str
     monitor.model.labels(found.name, found.version, found.run_id).set(1)
     work = ModelWork(model, monitor)
     batcher: Batcher[Batch, Sequence[Any]] = Batcher(
-        work.run, max_batch_size=config.max_batch_size, max_queued=config.max_queued_requests
+        work.run,
+        max_batch_size=config.max_batch_size,
+        max_queued=config.max_queued_requests,
+        control=BatchControl(config.max_batch_size, config.slo_p99_ms / 1e3, config.batch_buckets),
     )
-    monitor.watch_queue(lambda: batcher.queued)
+    monitor.watch_queue(batcher.queue)
     identity = ModelIdentity(found.name, found.version, found.run_id, found.source)
     limits = {"max_rows": config.max_transactions, "max_body_bytes": config.max_body_bytes}
-    app = ModelApp(model, identity, batcher, ApiKey(key), monitor, **limits, shutdown=batcher.close)
+    keys = Keyring(key, Path(key_file) if key_file else None, rate=config.rate_per_key, burst_s=config.rate_burst_s)
+    patience = Patience(config.request_timeout_s, config.slo_p99_ms / 1e3, config.max_batch_size)
+    app = ModelApp(model, identity, batcher, keys, monitor, **limits, patience=patience, shutdown=batcher.close)
     attach(app, config)
+    guard(ConnectionLimits.of(config), lambda reason: monitor.shed.labels(reason).inc())
     logger.info("%s (%s) serves", found.source, model.facts["kind"])
     return app

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from deepseek_ray.serving.batch_queue import BatchQueue
 
 _LATENCY_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _STAGE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
@@ -25,12 +28,17 @@ class HttpMonitor:
 
     def __init__(self, unit: str) -> None:
         self.registry = CollectorRegistry()
+        self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = self._counter("http_requests", "Requests by route and status.", "route", "status")
         self.latency = self._histogram("http_latency_seconds", "Request to response, by route.", _LATENCY_S, "route")
         self.stage = self._histogram("stage_seconds", "Time a batch spends in each stage.", _STAGE_S, "stage")
         self.batch_size = self._histogram(f"batch_{unit}", f"{unit.capitalize()} a batch.", _SIZES)
         self.model = self._gauge("model_info", "1 for the version that serves.", "name", "version", "run_id")
         self._queue = self._gauge(f"queued_{unit}", f"{unit.capitalize()} that wait for the worker.")
+        self.shed = self._counter("shed_requests", "Requests turned away under load, by reason.", "reason")
+        self._age = self._gauge("queue_age_seconds", f"How long the oldest of the {unit} has waited.")
+        self._cap = self._gauge("batch_cap", f"{unit.capitalize()} that a batch may hold now.")
+        self._service = self._gauge("predicted_batch_seconds", "Expected time of a batch of the cap's size.")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"deepseek_ray_{name}", text, labels, registry=self.registry)
@@ -41,9 +49,22 @@ class HttpMonitor:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"deepseek_ray_{name}", text, labels, buckets=buckets, registry=self.registry)
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Read the queue's depth whenever the metrics are read."""
-        self._queue.set_function(depth)
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer and its time; looking labels up costs more than counting, so what is found is kept."""
+        found = self._answers.get((route, status))
+        if found is None:
+            found = self.requests.labels(route, str(status)), self.latency.labels(route)
+            self._answers[route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
+
+    def watch_queue(self, queue: BatchQueue[Any]) -> None:
+        """Read the queue and its control whenever the metrics are read."""
+        control = queue.control
+        self._queue.set_function(lambda: queue.queued)
+        self._age.set_function(lambda: queue.age_s(time.perf_counter()))
+        self._cap.set_function(lambda: control.cap)
+        self._service.set_function(lambda: control.batch_s(control.cap))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

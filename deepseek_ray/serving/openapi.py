@@ -11,6 +11,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from deepseek_ray.data.events import Feedback, Prediction, Transaction
+from deepseek_ray.serving.deadline import MAX_TIMEOUT_MS
 from deepseek_ray.serving.wire import ThresholdChange
 
 OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
@@ -18,23 +19,25 @@ OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 
 _PROBLEMS = {
     "400": "The body is not JSON.",
-    "401": "The API key is missing or wrong.",
+    "401": "The API key is missing, wrong or expired.",
+    "403": "The API key's scope is too small.",
     "404": "The prediction is unknown.",
+    "408": "The body did not arrive in time.",
     "409": "A stale event, a transaction id with another content, or a label that contradicts an earlier one.",
     "413": "Too many records or bytes.",
     "422": "A field is missing, unknown, of the wrong type or out of range.",
-    "429": "The queue is full; Retry-After says when to come back.",
-    "503": "A store is not usable; Retry-After says when to come back.",
+    "429": "The queue is full, or the key's rate is used up; Retry-After says when to come back.",
+    "503": "Too late for the request's deadline, or a store is not usable; Retry-After says when to come back.",
 }
-BODY_PROBLEMS = ("400", "401", "409", "413", "422", "429", "503")
+BODY_PROBLEMS = ("400", "401", "403", "408", "409", "413", "422", "429", "503")
 _ROUTES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
-    ("/v1/risk/score", "post", "Score one transaction, or many in order", "score", BODY_PROBLEMS),
-    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent", "feedback", ("404", *BODY_PROBLEMS)),
-    ("/v1/risk/threshold", "post", "Change the live version's decision threshold", "threshold", BODY_PROBLEMS),
-    ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401",)),
+    ("/v1/risk/score", "post", "Score one transaction, or many in order.", "score", BODY_PROBLEMS),
+    ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent.", "feedback", ("404", *BODY_PROBLEMS)),
+    ("/v1/risk/threshold", "post", "Change the live version's decision threshold.", "threshold", BODY_PROBLEMS),
+    ("/v1/risk/model", "get", "The version that serves, and since when", "", ("401", "429")),
     ("/healthz", "get", "The process is alive", "", ()),
     ("/readyz", "get", "The service takes traffic", "", ("503",)),
-    ("/metrics", "get", "Prometheus metrics", "", ("401",)),
+    ("/metrics", "get", "Prometheus metrics", "", ("401", "429")),
 )
 
 
@@ -87,6 +90,7 @@ def operation(
     done = {"200": {"description": "Done.", **_content(answer)}}
     operation: dict[str, Any] = {"summary": summary, "responses": done | {code: _problem(code) for code in problems}}
     if body:
+        operation["description"] = _TIMEOUT
         operation["requestBody"] = {"required": True, **_content(body)}
     if path in OPEN_ROUTES:
         operation["security"] = []
@@ -103,6 +107,11 @@ def _list(key: str, name: str) -> dict[str, Any]:
     return {"type": "object", "required": [key], "additionalProperties": False, "properties": {key: items}}
 
 
+_TIMEOUT = (
+    "The header X-Request-Timeout-Ms says how long the answer is worth having, in milliseconds from arrival (above 0, "
+    f"at most {MAX_TIMEOUT_MS}). What would be later is answered with 503 and Retry-After, and no work is done."
+)
+"""In words and not as a parameter: a made-up time would make 503 a usual answer."""
 _BODIES: dict[str, Any] = {
     "score": {"oneOf": [ref("Transaction"), _list("transactions", "Transaction")]},
     "feedback": {"oneOf": [ref("Feedback"), _list("feedback", "Feedback")]},
@@ -158,7 +167,8 @@ def _route_html(path: str, method: str, operation: dict[str, Any]) -> str:
     rows = "".join(f"<tr><td>{code}</td><td>{html.escape(answer['description'])}</td></tr>" for code, answer in answers)
     body = operation.get("requestBody")
     shown = _folded("Body", body["content"]["application/json"]["schema"]) if body else ""
-    title = f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(operation['summary'])}</p>"
+    text = " ".join(operation[part] for part in ("summary", "description") if part in operation)
+    title = f"<h2><code>{method.upper()} {path}</code></h2><p>{html.escape(text)}</p>"
     return f"{title}{shown}<table>{rows}</table>"
 
 

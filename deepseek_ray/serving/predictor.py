@@ -21,7 +21,7 @@ import numpy as np
 from deepseek_ray.data.events import Feedback, Prediction, Reason, Transaction, to_us
 from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, LoggedPrediction, PredictionLog
 from deepseek_ray.errors import DeepseekRayError, FeatureError, RequestError, StaleEventError
-from deepseek_ray.logs import get_logger
+from deepseek_ray.logs import get_logger, trace_of
 from deepseek_ray.serving.admission import Plan, admit, is_new_label, label_target
 from deepseek_ray.serving.arms import ArmPlan, Outcome
 from deepseek_ray.serving.commands import (
@@ -40,6 +40,7 @@ from deepseek_ray.serving.commands import (
     ThresholdCommand,
 )
 from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.shapes import padded
 
 logger = get_logger(__name__)
 
@@ -64,6 +65,7 @@ class Predictor:
         log: prediction log, this process being its only writer.
         live: the version to start with.
         skew_us: how far clocks of clients may be apart.
+        buckets: sizes that batches are padded to before the model sees them; see ``shapes.padded``.
         now_us: clock, microseconds since the epoch.
     """
 
@@ -75,12 +77,14 @@ class Predictor:
         monitor: Monitor,
         *,
         skew_us: int = 300_000_000,
+        buckets: Sequence[int] = (),
         now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
         self._state = state
         self._log = log
         self._monitor = monitor
         self._skew_us = skew_us
+        self._buckets = tuple(sorted(set(buckets)))
         self._now_us = now_us
         self._horizon_us, last = log.horizon()
         self._applied = log.applied
@@ -148,10 +152,10 @@ class Predictor:
         try:
             with self._monitor.timed("flush"):
                 self._state.flush()
-        except Exception:
+        except Exception as error:
             self._unflushed = True
             self._monitor.pending.set(1)
-            logger.exception("feature state could not be written; it stays in memory and in the prediction log")
+            logger.error("feature state stays in memory and in the prediction log, not written: %s", trace_of(error))
             return
         if self._unflushed:
             self._monitor.pending.set(0)
@@ -223,9 +227,9 @@ class Predictor:
         self, live: LiveModel, values: FloatArray, sequence: FloatArray
     ) -> tuple[FloatArray, list[tuple[Reason, ...]]]:
         with self._monitor.timed("model"):
-            probability = live.scorer.predict_proba(values, sequence)
+            probability = padded(live.scorer.predict_proba, values, sequence, self._buckets)
         with self._monitor.timed("reasons"):
-            return probability, explain(live, values, sequence, probability)
+            return probability, explain(live, values, sequence, probability, self._buckets)
 
     def _row(self, event: Transaction, served: Served, outcome: Outcome, received_s: float) -> LoggedPrediction:
         live, probability, reasons = outcome
@@ -309,7 +313,11 @@ class Predictor:
 
 
 def explain(
-    live: LiveModel, values: FloatArray, sequence: FloatArray, probability: FloatArray
+    live: LiveModel,
+    values: FloatArray,
+    sequence: FloatArray,
+    probability: FloatArray,
+    buckets: Sequence[int] = (),
 ) -> list[tuple[Reason, ...]]:
     """The features that speak loudest in each score that calls for a review; none for approvals.
 
@@ -317,12 +325,13 @@ def explain(
         values: float64[n, F].
         sequence: float64[n, N, C].
         probability: float64[n].
+        buckets: sizes of batches that the model runs with, ascending; any size where there are none.
     """
     reasons: list[tuple[Reason, ...]] = [()] * len(probability)
     rows = np.flatnonzero(probability >= live.threshold)
     if not len(rows):
         return reasons
-    shares = live.scorer.attribute(values[rows], sequence[rows])
+    shares = padded(live.scorer.attribute, values[rows], sequence[rows], buckets)
     for row, share in zip(rows, shares, strict=True):
         reasons[row] = _top(live.feature_names, values[row], share)
     return reasons

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError, StaleEventError
+from deepseek_ray.errors import DeepseekRayError, LateError, OverloadedError, RequestError, StaleEventError
 
 CONTENT_TYPE = b"application/problem+json"
 MAX_ERRORS = 20
@@ -90,7 +90,8 @@ def to_problem(error: Exception) -> tuple[int, dict[str, Any]]:
         fix = error.fix or "send a card's transactions in the order of their times"
         return 409, _body(409, "stale-event", error.message, fix)
     if isinstance(error, OverloadedError):
-        return 429, _body(429, "overloaded", error.message, error.fix or f"retry after {RETRY_AFTER_S} s")
+        status = 503 if isinstance(error, LateError) else 429
+        return status, _body(status, error.kind, error.message, error.fix or f"retry after {RETRY_AFTER_S} s")
     if isinstance(error, DeepseekRayError):
         return 503, _body(503, "unavailable", error.message, error.fix)
     detail = "The service failed on this request; its log has the cause."
@@ -113,12 +114,13 @@ def _body(status: int, kind: str, detail: str, fix: str, error: RequestError | N
     return body
 
 
-def headers_for(status: int) -> list[tuple[bytes, bytes]]:
+def headers_for(status: int, error: Exception | None = None) -> list[tuple[bytes, bytes]]:
     """Extra response headers that a status calls for."""
     if status == 401:
         return [(b"www-authenticate", b'Bearer realm="deepseek-ray", Basic realm="deepseek-ray"')]
     if status in (429, 503):
-        return [(b"retry-after", str(RETRY_AFTER_S).encode())]
+        wait_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
+        return [(b"retry-after", str(max(RETRY_AFTER_S, math.ceil(wait_s))).encode())]
     return []
 
 

@@ -9,6 +9,7 @@ what still waits.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -42,12 +43,22 @@ class RpcServer:
         host: address to listen on.
         port: port to listen on, 0 for a free one.
         max_body_bytes: of a payload.
+        certificate: files of a certificate and its key, None for no encryption.
         grace_s: time that open calls may take after a stop.
     """
 
-    def __init__(self, app: AsgiApp, host: str, port: int, *, max_body_bytes: int, grace_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        host: str,
+        port: int,
+        *,
+        max_body_bytes: int,
+        certificate: tuple[str, str] | None = None,
+        grace_s: float = 10.0,
+    ) -> None:
         self._app = app
-        self._host, self._wanted = host, port
+        self._host, self._wanted, self._certificate = host, port, certificate
         self._limit, self._grace_s = max_body_bytes + _ROOM, grace_s
         self._server: Any = None
         self._port = 0
@@ -70,13 +81,20 @@ class RpcServer:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Call": handler}),))
         address = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            self._port = self._server.add_insecure_port(f"{address}:{self._wanted}")
+            self._port = self._bind(f"{address}:{self._wanted}")
         except RuntimeError as error:
             raise EnvironmentProblemError(
                 f"{address}:{self._wanted} cannot be listened on for gRPC.",
                 fix="stop the other server, or choose another serving.rpc_port",
             ) from error
         await self._server.start()
+
+    def _bind(self, address: str) -> int:
+        if self._certificate is None:
+            return int(self._server.add_insecure_port(address))
+        certfile, keyfile = (Path(file).read_bytes() for file in self._certificate)
+        credentials = grpc.ssl_server_credentials([(keyfile, certfile)])
+        return int(self._server.add_secure_port(address, credentials))
 
     async def stop(self) -> None:
         """Take no new call, finish open ones. Stopping twice is stopping once."""
@@ -111,7 +129,10 @@ class RpcServer:
 def attach(app: AsgiApp, config: ServingConfig) -> None:
     """Put gRPC beside an application, unless the settings say that there is none."""
     if config.rpc_port >= 0:
-        app.beside = RpcServer(app, config.host, config.rpc_port, max_body_bytes=config.max_body_bytes)
+        certificate = (config.tls_certfile, config.tls_keyfile) if config.tls_certfile else None
+        app.beside = RpcServer(
+            app, config.host, config.rpc_port, max_body_bytes=config.max_body_bytes, certificate=certificate
+        )
 
 
 def _headers(context: Any) -> list[tuple[bytes, bytes]]:

@@ -23,11 +23,14 @@ from deepseek_ray.registry import Registry, TrafficBook, VersionInfo
 from deepseek_ray.serving import handover
 from deepseek_ray.serving.app import RiskApp, Service
 from deepseek_ray.serving.arm_metrics import ArmMetrics
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
+from deepseek_ray.serving.batch_control import BatchControl
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.champion import InputContract, contract_of, to_live, warm_up
 from deepseek_ray.serving.commands import Command, LiveModel, Result, TaskCommand
 from deepseek_ray.serving.compaction import Compactor
+from deepseek_ray.serving.deadline import Patience
+from deepseek_ray.serving.keys import file_of
 from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
@@ -35,6 +38,7 @@ from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.rollout import Rollout
 from deepseek_ray.serving.rpc_server import attach
 from deepseek_ray.serving.shadow import ShadowScorer
+from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 from deepseek_ray.serving.standing import standing_of
 from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
 from deepseek_ray.serving.wire import Limits
@@ -56,7 +60,7 @@ class RiskService:
 
     Args:
         paths: the run whose registry, feature store and log are used.
-        key: the API key.
+        key: the environment's API key, "" where the file of keys holds others.
         registry: the registry, open, or what opens it: it may be away while a last good version is kept.
         store: where feature states live.
         declaration: the feature declaration that the store's run was set up with.
@@ -99,17 +103,21 @@ class RiskService:
         self._rehearse()
         live = to_live(info, model, self.log.threshold(info.version))
         skew_us = round(config.max_future_skew_s * 1e6)
-        self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us)
+        buckets = config.batch_buckets
+        self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us, buckets=buckets)
         self.batcher: Batcher[Command, Result] = Batcher(
             self.predictor.run,
             max_batch_size=config.max_batch_size,
             max_queued=config.max_queued_requests,
             after=self.predictor.settle,
+            control=BatchControl(config.max_batch_size, config.slo_p99_ms / 1e3, config.batch_buckets),
         )
-        self.monitor.watch_queue(lambda: self.batcher.queued)
+        self.monitor.watch_queue(self.batcher.queue)
         self._accompany(find, contract, config)
         self.compactor = Compactor(paths, config.compact_every_s, self._archived)
-        self.app = RiskApp(self._service(config), ApiKey(key))
+        keys = file_of(paths.root, config.api_keys_file)
+        keyring = Keyring(key, keys, rate=config.rate_per_key, burst_s=config.rate_burst_s)
+        self.app = RiskApp(self._service(config), keyring)
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
     def start(self) -> None:
@@ -205,6 +213,7 @@ class RiskService:
             standing=lambda: standing_of(self.predictor.plan, self.watcher, self.rollout, self.fallback),
             healthy=lambda: self.predictor.healthy,
             shutdown=self.close,
+            patience=Patience(config.request_timeout_s, config.slo_p99_ms / 1e3, config.max_batch_size),
         )
 
 
@@ -238,5 +247,7 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
         paths, registry, store, store.declaration(), config.serving, key, online_store=config.stores.online_store
     )
     service.start()
-    attach(service.app, config.serving)
+    serving = config.serving
+    attach(service.app, serving)
+    guard(ConnectionLimits.of(serving), lambda reason: service.monitor.shed.labels(reason).inc())
     return service.app

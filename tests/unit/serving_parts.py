@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from deepseek_ray.data.events import Transaction, to_us
 from deepseek_ray.data.prediction_log import LabelTarget, PredictionLog
 from deepseek_ray.serving.app import RiskApp, Service
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.commands import LiveModel
 from deepseek_ray.serving.monitor import Monitor
@@ -117,13 +117,18 @@ class Rig:
         self.state = FakeState()
         self.log = PredictionLog(path / "predictions.db")
         self.monitor = Monitor()
+        self.max_transactions = max_transactions
         self.predictor = Predictor(self.state, self.log, live_model(), self.monitor, now_us=lambda: to_us(NOW))
         self.batcher = Batcher(self.predictor.run, max_batch_size=4, max_queued=max_queued, after=self.predictor.settle)
-        self.monitor.watch_queue(lambda: self.batcher.queued)
-        service = Service(
+        self.monitor.watch_queue(self.batcher.queue)
+        self.app = self.make_app(self.service())
+
+    def service(self, **changes: Any) -> Service:
+        """What the routes need, with changes."""
+        made = Service(
             batcher=self.batcher,
             monitor=self.monitor,
-            limits=Limits(max_transactions, 300_000_000),
+            limits=Limits(self.max_transactions, 300_000_000),
             max_body_bytes=20_000,
             live=lambda: self.predictor.live,
             refused=lambda: "",
@@ -131,7 +136,11 @@ class Rig:
             shutdown=self.close,
             now_us=lambda: to_us(NOW),
         )
-        self.app = RiskApp(service, ApiKey(KEY))
+        return replace(made, **changes)
+
+    def make_app(self, service: Service) -> RiskApp:
+        """The application that takes the tests' key."""
+        return RiskApp(service, Keyring(KEY))
 
     def client(self, key: str | None = KEY) -> httpx.AsyncClient:
         headers = {} if key is None else {"X-API-Key": key}

@@ -6,10 +6,14 @@ import socket
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from deepseek_ray.config import build_config
-from deepseek_ray.errors import EnvironmentProblemError, ModelFormatError, RegistryUnavailableError
+from deepseek_ray.errors import ConfigError, EnvironmentProblemError, ModelFormatError, RegistryUnavailableError
+from deepseek_ray.paths import RunPaths
+from deepseek_ray.serving.keys import add_key
 from serve_apps import ingress, model, risk, serve, terminal
+from tests.certificate import make_certificate
 
 
 def test_a_taken_port_is_refused_with_a_fix() -> None:
@@ -71,3 +75,38 @@ def test_free_ports_are_chosen_once_and_differ() -> None:
     assert 0 < chosen.port != chosen.rpc_port > 0
     fixed = build_config({"serving": {"port": 81, "rpc_port": -1}})
     assert terminal.with_ports(fixed) == fixed
+
+
+def test_a_certificate_is_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path)
+    ingress.check_certificate(cert, key)
+    other = tmp_path / "other"
+    other.mkdir()
+    _, foreign = make_certificate(other)
+    locked = tmp_path / "locked.pem"
+    locked.write_bytes(_pem(key, password=b"secret"))
+    for wrong in (foreign, locked, tmp_path / "none.pem", cert):
+        with pytest.raises(EnvironmentProblemError, match=r"serving\.tls_keyfile"):
+            ingress.check_certificate(cert, wrong)
+
+
+def test_tls_takes_both_files_seen_from_the_run(tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path)
+    with pytest.raises(ConfigError, match="tls_certfile"):
+        build_config(overrides=["serving.tls_certfile=cert.pem"])
+    named = build_config(overrides=["serving.tls_certfile=cert.pem", "serving.tls_keyfile=key.pem"])
+    serving = terminal.with_certificate(named, RunPaths(tmp_path)).serving
+    wanted = {"keep_alive_timeout_s": 60, "ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+    assert terminal.http_options(serving) == wanted
+    assert terminal.http_options(build_config().serving) == {"keep_alive_timeout_s": 60}
+
+
+def test_a_file_of_keys_replaces_the_variable(tmp_path: Path) -> None:
+    add_key(tmp_path / "api_keys.json", "gateway")
+    assert terminal.api_key(build_config().serving, RunPaths(tmp_path), generate=False) == ""
+
+
+def _pem(key: Path, password: bytes) -> bytes:
+    loaded = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked = serialization.BestAvailableEncryption(password)
+    return loaded.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)

@@ -60,6 +60,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "doctor": {"cli", "kernels", *BASE},
     "verify": {"presets_moe", "parallel", "train", *BASE},
     "traffic_commands": {"cli", "commands", "registry", "serving.traffic", "serving.shadow", *BASE},
+    "commands_keys": {"cli", "serving.keys", *BASE},
     "commands": {"cli", "lineage", "report", "registry", "data", "online", "metrics", *BASE},
 }
 

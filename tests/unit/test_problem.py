@@ -11,6 +11,7 @@ from deepseek_ray.data.events import Transaction
 from deepseek_ray.errors import (
     DeepseekRayError,
     EnvironmentProblemError,
+    LateError,
     OverloadedError,
     RequestError,
     StaleEventError,
@@ -67,3 +68,14 @@ def test_who_is_refused_for_now_is_told_when_to_come_back() -> None:
 
 def test_the_fix_of_an_error_reaches_the_client() -> None:
     assert to_problem(DeepseekRayError("gone", fix="come back"))[1]["fix"] == "come back"
+
+
+def test_overload_says_when_to_come_back_and_what_ran_out() -> None:
+    late = LateError("The request would be answered in 2,300 ms.", kind="deadline", retry_after_s=2.3)
+    status, body = to_problem(late)
+    assert (status, body["type"]) == (503, "urn:deepseek-ray:problem:deadline")
+    assert dict(headers_for(status, late)) == {b"retry-after": b"3"}
+    fast = OverloadedError("Too fast.", kind="rate-limited", retry_after_s=0.01)
+    status, body = to_problem(fast)
+    assert (status, body["type"]) == (429, "urn:deepseek-ray:problem:rate-limited")
+    assert dict(headers_for(status, fast)) == {b"retry-after": b"1"}

@@ -179,7 +179,7 @@ def test_the_routes_hear_of_the_deadline(made: Rig, way: str) -> None:
 
 def test_a_full_queue_is_tried_again_only_within_the_deadline(tmp_path: Path) -> None:
     with rig(tmp_path, max_queued=1) as made, served(made.app) as service, client(service.http_address) as caller:
-        made.batcher._queued = 5  # as if others waited
+        made.batcher.queue.queued = 5  # as if others waited
         with pytest.raises(OverloadedError) as full:
             caller.call("risk.score", body(event(1)), timeout_s=0.5)
         assert full.value.retry_after_s == 1.0

@@ -1,0 +1,159 @@
+"""Connections that send too slowly, or are too many, are closed.
+
+uvicorn bounds the time between requests and nothing else: who opens a connection and sends a byte a minute keeps it
+for ever (Slowloris). The protocol below closes a connection whose headers, or whose body, are not complete in time.
+A request that arrives whole, in one read, costs it a comparison and no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from uvicorn import config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deepseek_ray.config import ServingConfig
+from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError
+from deepseek_ray.serving import problem
+
+_IDLE, _HEADERS, _BODY = range(3)
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What a connection may take.
+
+    Attributes:
+        header_s: from the connection's start, or from a request's first byte, to the end of its headers.
+        body_s: from there to the end of its body.
+        connections: open at a time.
+    """
+
+    header_s: float = 10.0
+    body_s: float = 10.0
+    connections: int = 1_000
+
+    @classmethod
+    def of(cls, config: ServingConfig) -> ConnectionLimits:
+        """The limits that the settings ask for."""
+        return cls(config.header_timeout_s, config.body_timeout_s, config.max_connections)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with limits; see ``guard``."""
+
+    limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+    refused: ClassVar[Callable[[str], object]] = staticmethod(lambda reason: None)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._part = self._timed = _IDLE
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock of the first request."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self._refuse(_too_many(self.limits.connections))
+            return
+        self._part = _HEADERS
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._part = _IDLE
+        self._watch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, then see what is missing."""
+        super().data_received(data)
+        if self._part != self._timed:
+            self._watch()
+
+    def on_message_begin(self) -> None:
+        """A request's first byte is here."""
+        self._part = _HEADERS
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its headers are."""
+        self._part = _BODY
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """All of it is."""
+        self._part = _IDLE
+        super().on_message_complete()
+
+    def _watch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timed = self._part
+        if self._part == _HEADERS:
+            self._timer = self.loop.call_later(self.limits.header_s, self._cut)
+        elif self._part == _BODY:
+            self._timer = self.loop.call_later(self.limits.body_s, self._cut)
+
+    def _cut(self) -> None:
+        waits = self.cycle is not None and not self.cycle.response_complete
+        if self.transport.is_closing():
+            return
+        if self._part == _HEADERS and waits:
+            self._watch()  # the request before it waits for its answer, and reading is paused until then
+        elif self._part == _HEADERS:
+            self._refuse(_too_slow("headers", self.limits.header_s))
+        elif waits and not self.cycle.response_started:
+            self._refuse(_too_slow("body", self.limits.body_s))
+        else:  # answered long ago, and still sending
+            self.transport.close()
+
+    def _refuse(self, error: RequestError | OverloadedError) -> None:
+        type(self).refused(error.kind)
+        self.transport.write(_answer(error))
+        self.transport.close()
+
+
+def _too_slow(part: str, allowed_s: float) -> RequestError:
+    return RequestError(
+        f"The {part} of the request did not arrive within {allowed_s:g} s.",
+        status=408,
+        kind=f"slow-{part}",
+        fix="send the request again, on a better line or with fewer records",
+    )
+
+
+def _too_many(allowed: int) -> OverloadedError:
+    return OverloadedError(
+        f"{allowed} connections are open, and no more are taken.",
+        fix="keep fewer connections and use each for many requests, or raise serving.max_connections",
+        kind="connections",
+    )
+
+
+def _answer(error: DeepseekRayError) -> bytes:
+    """A whole answer for a connection that no application serves, and its end."""
+    status, body = problem.to_problem(error)
+    text = problem.encode(body)
+    headers = [
+        (b"content-type", problem.CONTENT_TYPE),
+        (b"content-length", str(len(text)).encode()),
+        (b"connection", b"close"),
+        *problem.headers_for(status, error),
+    ]
+    return b"".join([STATUS_LINE[status], *(b"%s: %s\r\n" % header for header in headers), b"\r\n", text])
+
+
+def guard(limits: ConnectionLimits, refused: Callable[[str], object] = lambda reason: None) -> None:
+    """Make every uvicorn server that this process starts from now on keep the limits, Ray Serve's included.
+
+    Args:
+        refused: told the reason whenever a connection is ended: slow-headers, slow-body or connections.
+    """
+    GuardedProtocol.limits = limits
+    GuardedProtocol.refused = staticmethod(refused)
+    config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedProtocol.__name__}"

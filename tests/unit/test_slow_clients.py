@@ -1,0 +1,186 @@
+"""Connections that send too slowly are cut by the server's own protocol; the others do not notice it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn import config
+
+from deepseek_ray.serving.slow_clients import ConnectionLimits, GuardedProtocol, guard
+from serve_apps.ingress import free_port
+from tests.unit.serving_parts import KEY, body, event, rig
+
+LIMITS = ConnectionLimits(header_s=0.3, body_s=0.3, connections=3)
+PATIENT = ConnectionLimits(header_s=30, body_s=30, connections=3)
+Story = Callable[[int], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every server of a test keeps the limits; afterwards none does."""
+    monkeypatch.setitem(config.HTTP_PROTOCOLS, "auto", config.HTTP_PROTOCOLS["auto"])
+    monkeypatch.setattr(GuardedProtocol, "limits", LIMITS)
+    monkeypatch.setattr(GuardedProtocol, "refused", GuardedProtocol.refused)
+    guard(LIMITS)
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Any) -> AsyncIterator[int]:
+    """A uvicorn server such as Serve starts; gives its port."""
+    port = free_port()
+    options = uvicorn.Config(app, port=port, lifespan="off", log_config=None, access_log=False, timeout_keep_alive=2)
+    server = uvicorn.Server(options)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    task = asyncio.create_task(server._serve())
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        await task
+
+
+def tell(path: Path, story: Story, **changes: Any) -> None:
+    async def run() -> None:
+        with rig(path) as made:
+            async with serving(made.make_app(made.service(**changes))) as port:
+                await asyncio.wait_for(story(port), 20)
+
+    asyncio.run(run())
+
+
+async def talk(port: int, *parts: bytes, pause_s: float = 0.0) -> tuple[bytes, float]:
+    """Send parts with pauses; what comes back until the server closes, and when it did."""
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = asyncio.create_task(reader.read())
+    for part in parts:
+        if answer.done():
+            break
+        writer.write(part)
+        await asyncio.sleep(pause_s)
+    text = await answer
+    writer.close()
+    return text, time.perf_counter() - start
+
+
+def request(content: bytes, *, length: int | None = None, close: bool = True) -> bytes:
+    end = "connection: close\r\n" if close else ""
+    return (
+        f"POST /v1/risk/score HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\n{end}"
+        f"content-length: {len(content) if length is None else length}\r\n\r\n"
+    ).encode() + content
+
+
+CONTENT = event(1).model_dump_json().encode()
+
+
+def test_a_request_that_arrives_whole_or_in_pieces_is_answered(tmp_path: Path) -> None:
+    guard(PATIENT)
+
+    async def story(port: int) -> None:
+        whole, _ = await talk(port, request(CONTENT))
+        assert whole.startswith(b"HTTP/1.1 200")
+        data = request(CONTENT)
+        pieces, _ = await talk(port, data[:20], data[20:150], data[150:], pause_s=0.02)
+        assert pieces.startswith(b"HTTP/1.1 200")
+
+    tell(tmp_path, story)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTT", b"GET /healthz HTTP/1.1\r\nhost: x\r\n"])
+def test_headers_that_do_not_come_end_the_connection(tmp_path: Path, sent: bytes) -> None:
+    async def story(port: int) -> None:
+        answer, took_s = await talk(port, sent)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert 0.25 < took_s < 2
+
+    tell(tmp_path, story)
+
+
+def test_a_byte_now_and_then_buys_no_time(tmp_path: Path) -> None:
+    async def story(port: int) -> None:
+        answer, took_s = await talk(port, b"GET /healthz HTTP/1.1\r\n", *[b"x-a: 1\r\n"] * 40, pause_s=0.05)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert took_s < 1.9
+
+    tell(tmp_path, story)
+
+
+def test_a_slow_body_is_told_so_and_the_connection_ends(tmp_path: Path) -> None:
+    reasons: list[str] = []
+    guard(LIMITS, reasons.append)
+
+    async def story(port: int) -> None:
+        start = request(b"{", length=500, close=False)
+        answer, took_s = await talk(port, start, *[b" "] * 40, pause_s=0.05)
+        head, _, text = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408")
+        assert b"connection: close" in head.lower()
+        assert b"urn:deepseek-ray:problem:slow-body" in text
+        assert took_s < 1.9
+
+    tell(tmp_path, story)
+    assert reasons == ["slow-body"]
+
+
+def test_an_endless_body_after_the_answer_is_cut(tmp_path: Path) -> None:
+    async def story(port: int) -> None:
+        start = request(b"", length=10**9, close=False)  # refused at once, and goes on sending
+        answer, took_s = await talk(port, start, *[b"x" * 10] * 100, pause_s=0.05)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert took_s < 3
+
+    tell(tmp_path, story)
+
+
+def test_an_idle_connection_between_requests_is_left_to_keep_alive(tmp_path: Path) -> None:
+    async def story(port: int) -> None:
+        first = request(CONTENT, close=False)
+        answer, _ = await talk(port, first, b"", request(CONTENT), pause_s=0.3)
+        assert answer.count(b"HTTP/1.1 200") == 2  # the limits are shorter than the pause between the two
+
+    tell(tmp_path, story)
+
+
+def test_more_connections_than_allowed_are_sent_away(tmp_path: Path) -> None:
+    guard(PATIENT)
+
+    async def story(port: int) -> None:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        answer, _ = await talk(port, request(CONTENT))
+        assert answer.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in answer
+        assert b"serving.max_connections" in answer
+        for _, writer in held:
+            writer.close()
+        await asyncio.sleep(0.05)
+        answer, _ = await talk(port, request(CONTENT))
+        assert answer.startswith(b"HTTP/1.1 200")
+
+    tell(tmp_path, story)
+
+
+def test_pipelined_requests_wait_for_each_other(tmp_path: Path) -> None:
+    guard(PATIENT)
+
+    async def story(port: int) -> None:
+        second = request(body_of(2))
+        answer, _ = await talk(port, request(CONTENT, close=False) + second[:30], second[30:], pause_s=0.05)
+        assert answer.count(b"HTTP/1.1 200") == 2
+
+    tell(tmp_path, story)
+
+
+def body_of(number: int) -> bytes:
+    return json.dumps(body(event(number, card=f"c{number}"))).encode()
