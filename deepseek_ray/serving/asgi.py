@@ -106,8 +106,7 @@ class AsgiApp:
         path = scope["path"]
         response = await self._respond(scope, receive, path)
         route = path if path in self.routes else "other"
-        self._monitor.requests.labels(route, str(response.status)).inc()
-        self._monitor.latency.labels(route).observe(time.perf_counter() - start)
+        self._monitor.count_request(route, response.status, time.perf_counter() - start)
         return response
 
     async def _respond(self, scope: Scope, receive: Receive, path: str) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -31,6 +32,7 @@ class HttpMonitor:
         self.batch_size = self._histogram(f"batch_{unit}", f"{unit.capitalize()} a batch.", _SIZES)
         self.model = self._gauge("model_info", "1 for the version that serves.", "name", "version", "run_id")
         self._queue = self._gauge(f"queued_{unit}", f"{unit.capitalize()} that wait for the worker.")
+        self._of_route = cache(self._series)  # looking a series up by its labels costs more than counting
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"deepseek_ray_{name}", text, labels, registry=self.registry)
@@ -40,6 +42,15 @@ class HttpMonitor:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"deepseek_ray_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        """Count and time one request."""
+        count, time_it = self._of_route(route, status)
+        count.inc()
+        time_it.observe(seconds)
+
+    def _series(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        return self.requests.labels(route, str(status)), self.latency.labels(route)
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Read the queue's depth whenever the metrics are read."""
@@ -67,10 +78,12 @@ class Monitor(HttpMonitor):
         self.score = self._histogram("fraud_probability", "Scores given, by version.", _SCORES, "version")
         self.predictions = self._counter("predictions", "Decisions by outcome and version.", "decision", "version")
         self.cold = self._counter("cold_keys", "Keys scored without history.", "key")
+        self.degraded = self._counter("degraded", "Scores given while histories could not be read.")
         self.feedback = self._counter("feedback", "Labels received.", "is_fraud", "outcome")
         self.swaps = self._counter("model_swaps", "Swaps of the live model.", "outcome")
         self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
         self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
+        self.unlogged = self._gauge("log_write_failures", "1 while the prediction log cannot be written.")
 
     def show_model(self, name: str, version: str, run_id: str, threshold: float) -> None:
         """Name the version that serves from now on."""
