@@ -1,8 +1,8 @@
-"""A Ray Serve deployment around any ASGI application: throughput-optimised mode, direct ingress, no second hop.
+"""A Ray Serve deployment around any ASGI application: the replica listens itself, no proxy, no second hop.
 
-In this mode a replica listens itself; requests pass neither a proxy process nor an actor call (0.5 ms of
-CPU a request instead of 10 to 45). Ray reads the mode from the environment when it is first imported, so
-``prepare`` must run before any import of ray, in the process that starts the cluster.
+Serve starts, watches, restarts and stops the replica; a request meets nothing of Ray's (``serve_apps.listener``
+says why). Ray reads its mode from the environment when it is first imported, so ``prepare`` must run before any
+import of ray, in the process that starts the cluster.
 """
 
 from __future__ import annotations
@@ -19,25 +19,22 @@ from deepseek_ray.errors import EnvironmentProblemError, ServingError
 from deepseek_ray.logs import QUIET_ENVIRONMENT, silence_telemetry
 
 APP_NAME = "default"
+_port = 0  # what ``prepare`` was given
 
 
 def prepare(host: str, port: int) -> None:
-    """Set Ray Serve's mode, and the one port that the replica may listen on.
+    """Set Ray Serve's mode, and make sure that the replica can listen.
 
     Raises:
         EnvironmentProblemError: the port is taken.
     """
+    global _port
     check_port(host, port)
+    _port = port
     silence_telemetry()
     os.environ |= {
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),
-        # no load balancer stands in front that would need time to notice, and a restarted replica
-        # must get its port back at once
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_SERVE_PORT_QUARANTINE_S": "0",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # the application shares the replica's event loop (uvloop), frozen GC
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # it would listen too, at another port
         "RAY_enable_metrics_collection": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -94,8 +91,10 @@ def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str,
         factory: importable function.
         args: picklable arguments.
         host: address to listen on; the port is the one given to ``prepare``.
-        http: further fields of Serve's HTTPOptions: the replica's own server takes certificate, key and
-            ``keep_alive_timeout_s`` from there.
+        http: further arguments of the replica's ``Listener``.
+
+    Raises:
+        ServingError: the application cannot be made.
     """
     import ray  # not before ``prepare``
     from ray import serve
@@ -110,11 +109,11 @@ def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str,
         configure_logging=False,
         runtime_env={"env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": "1"}},
     )
-    # Ray has no direct ingress without a proxy: it gets a port of its own on this machine, and no traffic.
-    options = {"host": host, "port": free_port(host), **(http or {})}
-    serve.start(http_options=options, logging_config={"enable_access_log": False})
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     try:
-        serve.run(_deployment(serve).bind(factory, *args), name=APP_NAME, route_prefix="/", blocking=False)
+        serve.run(
+            _deployment(serve).bind((host, _port), dict(http or {}), factory, *args), name=APP_NAME, route_prefix=None
+        )
     except RuntimeError as error:
         cause = serve.status().applications[APP_NAME].message or str(error)
         raise ServingError(f"The service did not start: {cause}", fix="see the error named last") from error
@@ -156,39 +155,28 @@ def _deployment(serve: Any) -> Any:
         "graceful_shutdown_wait_loop_s": 0.1,
         "health_check_period_s": 10,
     }
-    return serve.deployment(name="ingress", **options)(serve.ingress()(Ingress))
+    return serve.deployment(name="ingress", **options)(Ingress)
 
 
 class Ingress:
-    """Builds the application in the replica and hands it to Serve."""
+    """Builds the application in the replica and listens."""
 
-    def __init__(self, factory: Callable[..., Any], *args: Any) -> None:
-        _let_ports_be_reused()
+    async def __init__(  # type: ignore[misc]  # Serve waits for it
+        self, address: tuple[str, int], http: Mapping[str, Any], factory: Callable[..., Any], *args: Any
+    ) -> None:
+        from serve_apps.listener import Listener  # the driver does without uvicorn
+
         _stay_on_this_machine()
-        self._application = factory(*args)
+        self._listener = Listener(factory(*args), *address, **http)
+        await self._listener.ready()
 
-    def __serve_build_asgi_app__(self) -> Any:
-        return self._application
+    def check_health(self) -> None:
+        """Called by Serve; an error makes it replace the replica."""
+        self._listener.check()
 
-
-def _let_ports_be_reused() -> None:
-    """Let Serve bind a port whose last owner has just died.
-
-    Ray 2.60 binds a replica's port without SO_REUSEADDR: after a crash the kernel keeps it for a
-    minute, and the restarted replica would give up.
-    """
-    from ray.serve._private import http_util
-
-    class Reusing(socket.socket):
-        def bind(self, address: Any) -> None:
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            super().bind(address)
-
-    class Module:
-        def __getattr__(self, name: str) -> Any:
-            return Reusing if name == "socket" else getattr(socket, name)
-
-    http_util.socket = Module()
+    async def __del__(self) -> None:
+        """Called by Serve before it ends the replica."""
+        await self._listener.close()
 
 
 def _stay_on_this_machine() -> None:

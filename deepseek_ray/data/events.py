@@ -67,6 +67,7 @@ class Prediction(Record):
     cold: list[str] = Field(default_factory=list, description="keys never seen before: scored without history")
     reasons: list[Reason] = Field(default_factory=list)
     latency_ms: float = Field(ge=0)
+    degraded: bool = Field(False, description="histories could not be read: scored from memory and defaults")
 
 
 class Feedback(Record):

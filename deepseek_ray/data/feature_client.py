@@ -259,7 +259,9 @@ def _online(store: Any) -> Any:
 
 
 def _tune(store: Any) -> None:
-    """SQLite: a write-ahead log, no fsync a write, and patience with a second process."""
+    """SQLite: a write-ahead log, no fsync a write, and patience with a second process. Redis: one time-out a call."""
+    if store.config.online_store.type == "redis":
+        redis_store.try_once(_online(store)._get_client(store.config.online_store))
     if store.config.online_store.type == "sqlite":
         connection = _online(store)._get_conn(store.config)
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")

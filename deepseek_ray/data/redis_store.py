@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +41,12 @@ def settings(url: str, folder: Path) -> dict[str, Any]:
     # Feast drops a write that is not newer than the stored one: a label would be lost, for it leaves the time alone.
     store = {"type": "redis", "connection_string": ",".join(options), "skip_dedup": True}
     return {"online_store": store, "project": _project(folder / "feature_store.yaml")}
+
+
+def try_once(client: Any) -> None:
+    """Time-outs are the caller's: redis-py would wait for four of them before it says that the server is away."""
+    backoff, retry = import_module("redis.backoff"), import_module("redis.retry")  # an extra, there with its client
+    client.set_retry(retry.Retry(backoff.NoBackoff(), 0))
 
 
 def address_of(url: str) -> str:

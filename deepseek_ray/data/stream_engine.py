@@ -6,7 +6,7 @@ shared formulas to them, so that a served vector equals the recomputed one to th
 One process writes a state at a time. Within :meth:`StreamEngine.observe_many` all states are read in one round trip
 and written in one.
 
-    F  features     S  sequence length     C  sequence channels     W  windows of a key     R  request features
+    F  features     S  sequence length     C  sequence channels
 """
 
 from __future__ import annotations
@@ -14,39 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
 from deepseek_ray.data import state as st
-from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS
-from deepseek_ray.data.events import CHANNELS, Transaction, to_us
-from deepseek_ray.data.formulas import (
-    FORMULAS,
-    REQUEST_WIDTH,
-    WITHOUT_HISTORY,
-    FloatArray,
-    IntArray,
-    delay_us,
-    is_large,
-    merchant_bucket,
-    request_columns,
-    request_values,
-)
+from deepseek_ray.data.events import Transaction, to_us
+from deepseek_ray.data.formulas import FloatArray, delay_us, is_large
 from deepseek_ray.data.history import UNKNOWN_DEVICE
 from deepseek_ray.data.state import State, StateStore, hashed
-from deepseek_ray.data.stream_frame import StreamFrame
+from deepseek_ray.data.stream_vector import CHANNEL_CODE, Moment, Vectors
 from deepseek_ray.data.warm import states_of
 from deepseek_ray.data.windows import LARGE_WINDOW_US, OWNERS, SECOND_US, Declaration, VectorSpec
 from deepseek_ray.errors import FeatureError, StaleEventError
 
-_CARD_ROW = {
-    "terminal_id": st.OTHER,
-    "device_id": st.DEVICE,
-    "country": st.COUNTRY,
-    "merchant_category": st.CATEGORY,
-    "channel": st.CHANNEL,
-}
-_CHANNEL_CODE = {name: code for code, name in enumerate(CHANNELS)}
 _WARM_CHUNK = 2_000
 
 
@@ -59,23 +38,14 @@ class Served:
         values: float64 [F].
         sequence: float64 [S, C], newest earlier event first.
         cold: which of card, terminal, device were without history.
+        degraded: whether a history that there may be could not be read.
     """
 
     order_us: int
     values: FloatArray
     sequence: FloatArray
     cold: list[str]
-
-
-@dataclass(frozen=True)
-class _Key:
-    """One key of the vector: where its events are and what to compute on them."""
-
-    owner: str
-    column: int | None  # row of the card's events that must equal the current event's
-    windows: IntArray
-    aggregations: tuple[str, ...]
-    without_history: FloatArray
+    degraded: bool = False
 
 
 class StreamEngine:
@@ -102,11 +72,10 @@ class StreamEngine:
             raise FeatureError(
                 f"Vector {spec.name!r} is not of this declaration.", fix="take it from declaration.vector()"
             )
-        self.spec, self._store, self._length = spec, store, sequence_len
+        self.spec, self._store = spec, store
         self._delay = delay_us(label_delay_days)
         self._horizon = {owner: spec.horizon_us(owner, self._delay) for owner in OWNERS.values()}
-        self._keys = [_plan(spec, key) for key in spec.keys]
-        self._take = self._positions()
+        self._vectors = Vectors(spec, self._delay, sequence_len)
         self._unwritten: dict[str, State] = {}
 
     def observe(self, tx: Transaction) -> Served:
@@ -130,10 +99,11 @@ class StreamEngine:
         """
         broken: dict[str, FeatureError] = {}
         states = self._load((key for tx in txs for key in self._owner_keys(tx).values()), broken)
-        results = [self._serve(tx, states, broken) for tx in txs]
+        results = [self._take(tx, states, broken) for tx in txs]
         if write:
             self.flush()
-        return results
+        served = iter(self._served([moment for moment in results if isinstance(moment, Moment)]))
+        return [next(served) if isinstance(result, Moment) else result for result in results]
 
     def flush(self) -> None:
         """Write the states that ``write=False`` has held back."""
@@ -150,7 +120,7 @@ class StreamEngine:
         keys = self._owner_keys(tx)
         states = self._load(keys.values())
         cold = [owner for owner, key in keys.items() if not states[key].events.size]
-        return self._vector(tx, self._advance(tx, keys, states, order=None), cold)
+        return self._served([Moment(tx, self._advance(tx, keys, states, order=None), cold)])[0]
 
     def last_event_us(self, card_ids: Sequence[str]) -> dict[str, int]:
         """Time of the last event of each card that has one, in microseconds; corrupted states are left out."""
@@ -188,7 +158,7 @@ class StreamEngine:
         Raises:
             FeatureError: the card does not remember the event, or a stored state is corrupted.
         """
-        keys = self._keys_of(card_id, terminal_id, device_id)
+        keys = self.keys_of(card_id, terminal_id, device_id)
         states = self._load(keys.values())
         served = max(states[key].last_order + 1 for key in keys.values())
         position = max(order_us + max(self._delay, 1), known_us, served)
@@ -200,7 +170,7 @@ class StreamEngine:
 
     def restore_label(self, card_id: str, terminal_id: str, device_id: str, order_us: int, label_us: int) -> None:
         """Take in a fraud label from the log at the position that ``apply_label`` returned before a crash."""
-        keys = self._keys_of(card_id, terminal_id, device_id)
+        keys = self.keys_of(card_id, terminal_id, device_id)
         self._place_label(keys, self._load(keys.values()), order_us, label_us)
         self.flush()
 
@@ -238,14 +208,15 @@ class StreamEngine:
     def _key(self, owner: str, identifier: str) -> str:
         return f"{self.spec.service}/{owner}/{identifier}"
 
-    def _keys_of(self, card_id: str, terminal_id: str, device_id: str) -> dict[str, str]:
+    def keys_of(self, card_id: str, terminal_id: str, device_id: str) -> dict[str, str]:
+        """Keys of the states that an event reads and writes, by owner."""
         keys = {"card": self._key("card", card_id), "terminal": self._key("terminal", terminal_id)}
         if device_id != UNKNOWN_DEVICE:
             keys["device"] = self._key("device", device_id)
         return keys
 
     def _owner_keys(self, tx: Transaction) -> dict[str, str]:
-        return self._keys_of(tx.card_id, tx.terminal_id, tx.device_id)
+        return self.keys_of(tx.card_id, tx.terminal_id, tx.device_id)
 
     def _load(self, keys: Iterable[str], broken: dict[str, FeatureError] | None = None) -> dict[str, State]:
         """States by key, a new one where there is none; corrupted ones go to ``broken`` when it is given."""
@@ -266,9 +237,10 @@ class StreamEngine:
         columns, horizon = st.CARD_COLUMNS if owner == "card" else st.OTHER_COLUMNS, self._horizon[owner]
         return st.empty(columns, horizon) if blob is None else st.decode(blob, key, columns, horizon)
 
-    def _serve(
+    def _take(
         self, tx: Transaction, states: dict[str, State], broken: dict[str, FeatureError]
-    ) -> Served | FeatureError:
+    ) -> Moment | FeatureError:
+        """Remember an event in ``states``; its error when it is stale or one of its states is corrupted."""
         keys = self._owner_keys(tx)
         for key in keys.values():
             if key in broken:
@@ -281,7 +253,13 @@ class StreamEngine:
         fresh = {keys[owner]: state for owner, state in after.items()}
         states.update(fresh)
         self._unwritten.update(fresh)
-        return self._vector(tx, after, cold)
+        return Moment(tx, after, cold)
+
+    def _served(self, moments: Sequence[Moment]) -> list[Served]:
+        if not moments:
+            return []
+        rows = zip(moments, *self._vectors(moments), strict=True)
+        return [Served(moment.order_us, values, sequence, moment.cold) for moment, values, sequence in rows]
 
     def _advance(
         self, tx: Transaction, keys: dict[str, str], states: dict[str, State], order: int | None
@@ -295,7 +273,7 @@ class StreamEngine:
                 raise StaleEventError(problem, fix="send a card's events in order of time")
             order = max(event_us, *(state.last_order + 1 for state in before.values()))
         terminal, device = hashed(tx.terminal_id), hashed(tx.device_id)
-        place = hashed(tx.country), hashed(tx.merchant_category), _CHANNEL_CODE[tx.channel]
+        place = hashed(tx.country), hashed(tx.merchant_category), CHANNEL_CODE[tx.channel]
         card = before["card"].with_event((order, tx.amount_cents, terminal, device, *place, 0, 0), event_us)
         orders, amounts = card.events[st.ORDER], card.events[st.AMOUNT]
         recent = amounts[orders.searchsorted(order - LARGE_WINDOW_US, "right") :]
@@ -303,62 +281,3 @@ class StreamEngine:
         row = (order, tx.amount_cents, hashed(tx.card_id))
         others = {owner: state.with_event(row, event_us) for owner, state in before.items() if owner != "card"}
         return {"card": card, **others}
-
-    def _vector(self, tx: Transaction, states: dict[str, State], cold: list[str]) -> Served:
-        card = states["card"].events
-        order = int(card[st.ORDER, -1])
-        parts = [_request(tx, order)]
-        for key in self._keys:
-            owned = states.get(key.owner)
-            if owned is None:
-                parts.append(key.without_history)
-                continue
-            frame = self._frame(key, owned)
-            parts += [FORMULAS[aggregation](frame) for aggregation in key.aggregations]
-        values = np.concatenate(parts)[self._take]
-        return Served(order, values, self._sequence(card), cold)
-
-    def _frame(self, key: _Key, state: State) -> StreamFrame:
-        order, amount, other = state.events[: st.OTHER_COLUMNS]
-        if key.column is not None:
-            column = state.events[key.column]
-            same = (column == column[-1]).nonzero()[0]
-            order, amount = order[same], amount[same]
-        large = state.events[st.LARGE] if key.owner == "card" else None
-        return StreamFrame(key.windows, self._delay, order, amount, other, large, state.labels)
-
-    def _sequence(self, events: IntArray) -> FloatArray:
-        result = np.zeros((self._length, len(SEQUENCE_CHANNELS)))
-        result[:, 1] = -1.0
-        past = events[:, :-1][:, ::-1][:, : self._length]
-        now, label = events[:, -1], past[st.LABEL]
-        rows = result[: past.shape[1]].T
-        rows[0], rows[1] = past[st.AMOUNT], (now[st.ORDER] - past[st.ORDER]) / SECOND_US
-        rows[2], rows[3] = past[st.OTHER] == now[st.OTHER], past[st.COUNTRY] == now[st.COUNTRY]
-        rows[4], rows[5] = past[st.CHANNEL], (label > 0) & (label <= now[st.ORDER])
-        return result
-
-    def _positions(self) -> IntArray:
-        """Where each feature of the vector stands in the concatenated parts."""
-        offset, place = REQUEST_WIDTH, {}
-        for name, key in zip(self.spec.keys, self._keys, strict=True):
-            for aggregation in key.aggregations:
-                for window in key.windows.tolist():
-                    place[name, aggregation, window] = offset
-                    offset += 1
-        windowed = [place[f.key, f.aggregation, f.window_us] for f in self.spec.features]
-        return np.array([*request_columns(self.spec.request), *windowed], np.int64)
-
-
-def _plan(spec: VectorSpec, name: str) -> _Key:
-    columns = spec.keys[name]
-    windows = np.array(spec.windows_us[name], np.int64)
-    aggregations = tuple(dict.fromkeys(f.aggregation for f in spec.features if f.key == name))
-    missing = np.repeat([WITHOUT_HISTORY.get(aggregation, 0.0) for aggregation in aggregations], len(windows))
-    return _Key(OWNERS[columns[0]], _CARD_ROW[columns[1]] if len(columns) > 1 else None, windows, aggregations, missing)
-
-
-def _request(tx: Transaction, order: int) -> FloatArray:
-    numbers = order, tx.amount_cents, _CHANNEL_CODE[tx.channel], merchant_bucket(tx.merchant_category)
-    known = tx.country != "unknown", tx.device_id != UNKNOWN_DEVICE
-    return request_values(*(np.array([n]) for n in numbers), *(np.array([k]) for k in known))[0]

@@ -1,6 +1,9 @@
-"""The frames of the stream engine: one key of the current event, all its windows at once.
+"""The frames of the stream engine: one key of many current events, all its windows at once.
 
-M  remembered events of the key, the current one last     W  windows     L  fraud labels
+Each event brings the remembered events of its key, itself the last one. They stand end to end in one array, and one
+search serves all events and windows: a position is the event's place times SPAN plus the time before its "now".
+
+B  current events     W  windows     T  remembered events of all B, oldest first within each     L  their fraud labels
 """
 
 from __future__ import annotations
@@ -12,42 +15,73 @@ import numpy as np
 from deepseek_ray.data.formulas import CAPPED_CENTS, Frame, IntArray
 from deepseek_ray.data.ranges import prefix
 
+MAX_EVENTS = 1_024
+"""B, so that the positions fit int64."""
+_SPAN = 1 << 51
+_FAR = 1 << 50
+"""Microseconds (35 years): what lies further away is in no window, or not yet known."""
+
+
+class Segments:
+    """Arrays of B events end to end.
+
+    Args:
+        parts: [columns, length] each; the first row is a time in microseconds and grows.
+        now: [B] the time that each part is seen from.
+    """
+
+    def __init__(self, parts: list[IntArray], now: IntArray) -> None:
+        lengths = np.array([part.shape[1] for part in parts])
+        self._make(np.concatenate(parts, axis=1), lengths, now)
+
+    def _make(self, rows: IntArray, lengths: IntArray, now: IntArray) -> None:
+        self.rows, self.now = rows, now
+        self.end = lengths.cumsum()
+        self.owner = np.arange(len(lengths)).repeat(lengths)
+        self._base = np.arange(len(lengths)) * _SPAN
+        self._place = self._base[self.owner] + (rows[0] - now[self.owner]).clip(-_FAR, _FAR)
+
+    def where(self, column: int) -> Segments:
+        """Only the rows that agree with their segment's last one in a column; no segment may be empty."""
+        values = self.rows[column]
+        same = values == values[self.end - 1][self.owner]
+        chosen = Segments.__new__(Segments)
+        chosen._make(self.rows[:, same], np.bincount(self.owner[same], minlength=len(self.end)), self.now)
+        return chosen
+
+    def until(self, back_us: IntArray) -> IntArray:
+        """[B, n] how many rows, from the first segment's start on, are no later than now - back_us; [n] or [B, n]."""
+        return self._place.searchsorted(self._base[:, None] - np.minimum(back_us, _FAR), "right")
+
 
 class StreamFrame(Frame):
-    """Every array is int64 [W].
+    """Every array is int64 [B, W] or [B, 1].
 
     Args:
         windows: [W] window lengths in microseconds.
         delay: label delay in microseconds.
-        order: [M] orders of the key's events.
-        amount: [M] their amounts in cents.
-        other: [M] hashes for distinct counts; not read for a key within a card.
-        large: [M] flags of large events; not read for a key within a card.
-        labels: [2, L] positions and amounts of fraud labels.
+        events: time, amount and a hash for distinct counts.
+        labels: time and amount of fraud labels.
+        large: row of the events with flags of large ones, None for a key that has none.
     """
 
     def __init__(
-        self,
-        windows: IntArray,
-        delay: int,
-        order: IntArray,
-        amount: IntArray,
-        other: IntArray,
-        large: IntArray | None,
-        labels: IntArray,
+        self, windows: IntArray, delay: int, events: Segments, labels: Segments, large: int | None = None
     ) -> None:
-        self._windows, self._delay = windows, delay
-        self._order, self._amount, self._other, self._large, self._labels = order, amount, other, large, labels
-        self.now, self.amount = order[-1], amount[-1]
-        self._start = order.searchsorted(self.now - windows, "right")
-        self._count: IntArray = len(order) - self._start
+        self._windows, self._delay, self._events, self._labels = windows, delay, events, labels
+        self._order, self._amount, self._other = events.rows[:3]
+        self._large = None if large is None else events.rows[large]
+        self._end = events.end[:, None]
+        self._start = events.until(windows)
+        self._count: IntArray = self._end - self._start
+        self.now, self.amount = self._order[self._end - 1], self._amount[self._end - 1]
 
     def count(self) -> IntArray:
         return self._count
 
     def _sum(self, values: IntArray) -> IntArray:
-        sums = prefix(values)
-        return sums[-1] - sums[self._start]
+        sums = prefix(values)  # may wrap over many events; the difference is exact all the same
+        return sums[self._end] - sums[self._start]
 
     @cached_property
     def _totals(self) -> IntArray:
@@ -55,7 +89,7 @@ class StreamFrame(Frame):
 
     @cached_property
     def _total(self) -> IntArray:
-        return self._totals[-1] - self._totals[self._start]
+        return self._totals[self._end] - self._totals[self._start]
 
     def total(self) -> IntArray:
         return self._total
@@ -69,30 +103,40 @@ class StreamFrame(Frame):
         return self._moments
 
     def largest(self) -> IntArray:
-        return np.maximum.accumulate(self._amount[::-1])[self._count - 1]
+        ranges = np.stack(np.broadcast_arrays(self._start, self._end), axis=2)
+        values = np.append(self._amount, 0)  # a range may end where the array does
+        return np.maximum.reduceat(values, ranges.ravel())[::2].reshape(self._start.shape)
 
     def smaller(self) -> IntArray:
-        return self._sum((self._amount < self.amount).astype(np.int64))
+        return self._sum((self._amount < self.amount[:, 0][self._events.owner]).astype(np.int64))
 
     def large(self) -> IntArray:
         assert self._large is not None
         return self._sum(self._large)
 
     def distinct(self) -> IntArray:
-        backwards = np.unique(self._other[::-1], return_index=True)[1]  # newest occurrence of each value
-        backwards.sort()
-        return backwards.searchsorted(self._count, "left")
+        owner, other = self._events.owner, self._other
+        order = np.lexsort((other, owner))  # stable: the newest occurrence of a value stands last
+        newest = np.ones(len(order), np.int64)
+        sorted_owner, sorted_other = owner[order], other[order]
+        newest[:-1] = (sorted_owner[1:] != sorted_owner[:-1]) | (sorted_other[1:] != sorted_other[:-1])
+        flags = np.empty_like(newest)
+        flags[order] = newest
+        return self._sum(flags)
 
     def first_order(self) -> IntArray:
         return self._order[self._start]
 
     def previous_order(self) -> IntArray:
-        return self._order[-2:-1] if len(self._order) > 1 else self._order
+        return self._order[np.maximum(self._end - 2, 0)]
+
+    @cached_property
+    def _matured_until(self) -> IntArray:
+        return self._events.until(np.array([self._delay]))
 
     @cached_property
     def _matured(self) -> tuple[IntArray, IntArray]:
-        until = self.now - self._delay
-        first, last = self._order.searchsorted(until - self._windows, "right"), self._order.searchsorted(until, "right")
+        first, last = self._events.until(self._delay + self._windows), self._matured_until
         return last - first, self._totals[last] - self._totals[first]
 
     def matured(self) -> tuple[IntArray, IntArray]:
@@ -100,24 +144,23 @@ class StreamFrame(Frame):
 
     @cached_property
     def _label_range(self) -> tuple[IntArray, IntArray]:
-        positions = self._labels[0]
-        return positions.searchsorted(self.now - self._windows, "right"), positions.searchsorted(self.now, "right")
+        return self._labels.until(self._windows), self._labels.until(np.zeros(1, np.int64))
 
     @cached_property
     def _frauds(self) -> tuple[IntArray, IntArray]:
         first, last = self._label_range
-        sums = prefix(self._labels[1])
+        sums = prefix(self._labels.rows[1])
         return last - first, sums[last] - sums[first]
 
     def frauds(self) -> tuple[IntArray, IntArray]:
         return self._frauds
 
     def fraud_times(self) -> tuple[IntArray, IntArray]:
-        positions, (first, last) = self._labels[0], self._label_range
+        positions, (first, last) = self._labels.rows[0], self._label_range
         if not len(positions):
             return first, last
-        return positions.take(first, mode="clip"), positions[last - 1]
+        return positions.take(first, mode="clip"), positions.take(last - 1, mode="clip")
 
     def clean(self) -> IntArray:
-        after = self._order.searchsorted(self.fraud_times()[1] - self._delay, "right")
-        return self._order.searchsorted(self.now - self._delay, "right") - after
+        back = (self.now - self.fraud_times()[1]).clip(0, _FAR) + self._delay
+        return self._matured_until - self._events.until(back)

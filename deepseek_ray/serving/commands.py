@@ -27,10 +27,19 @@ class Served(Protocol):
     def sequence(self) -> FloatArray: ...
     @property
     def cold(self) -> Sequence[str]: ...
+    @property
+    def degraded(self) -> bool: ...
 
 
 class FeatureState(Protocol):
     """The incremental feature engine over a store whose writes can wait."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether the store is away and lacks what the log holds."""
+
+    def fetch(self, transactions: Sequence[Transaction]) -> None:
+        """Read all that the events need, in one round trip."""
 
     def last_event_us(self, card_ids: Sequence[str]) -> Mapping[str, int]:
         """Time of each known card's last event."""

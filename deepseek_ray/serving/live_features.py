@@ -1,8 +1,14 @@
-"""The stream engine over a store whose writes wait until the prediction log has committed."""
+"""The stream engine over a store whose writes wait until the prediction log has committed.
+
+While the store is away, events are scored from what is in memory; one whose card, terminal or device is not there is
+scored as without history and marked as degraded. The log holds them all: once the store answers again, what it lacks
+is replayed, and only then is it read again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from deepseek_ray.data.events import Transaction
@@ -11,6 +17,8 @@ from deepseek_ray.data.state import StateStore
 from deepseek_ray.data.stream_engine import Served, StreamEngine
 from deepseek_ray.errors import FeatureError
 from deepseek_ray.logs import get_logger
+from deepseek_ray.serving.deferred_store import DeferredStore
+from deepseek_ray.serving.outage import AWAY, Outage
 
 logger = get_logger(__name__)
 
@@ -33,53 +41,72 @@ class Replayed(NamedTuple):
     counts: tuple[int, int]
 
 
-class DeferredStore:
-    """Holds writes back in two steps: staged (may be undone), then kept (will be written)."""
-
-    def __init__(self, store: StateStore) -> None:
-        self._store = store
-        self._staged: dict[str, tuple[str, bytes, int]] = {}
-        self._kept: dict[str, tuple[str, bytes, int]] = {}
-
-    def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Newest blobs, written or not, in the order of the keys."""
-        waiting = {key: self._staged.get(key) or self._kept.get(key) for key in keys}
-        missing = [key for key in keys if waiting[key] is None]
-        stored = dict(zip(missing, self._store.read_states(missing), strict=True)) if missing else {}
-        return [entry[1] if (entry := waiting[key]) else stored[key] for key in keys]
-
-    def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
-        """Stage blobs."""
-        self._staged.update({state[0]: state for state in states})
-
-    def keep(self) -> None:
-        """Make what is staged final."""
-        self._kept |= self._staged
-        self._staged = {}
-
-    def discard(self) -> None:
-        """Drop what is staged."""
-        self._staged = {}
-
-    def flush(self) -> None:
-        """Write what is kept; on an error it stays kept."""
-        if self._kept:
-            self._store.write_states(list(self._kept.values()))
-            self._kept = {}
-
-
 class LiveFeatures:
     """The predictor's view of the features.
 
     Args:
         make_engine: builds a stream engine over a store; engines keep nothing between calls but the store.
         store: where states live.
+        log: what is replayed after an outage of the store; known from the first replay on where not given.
     """
 
-    def __init__(self, make_engine: Callable[[StateStore], StreamEngine], store: StateStore) -> None:
+    def __init__(
+        self,
+        make_engine: Callable[[StateStore], StreamEngine],
+        store: StateStore,
+        log: PredictionLog | None = None,
+    ) -> None:
         self._make_engine = make_engine
         self._store = DeferredStore(store)
         self._engine = make_engine(self._store)
+        self._outage = Outage()
+        self._log = log
+
+    @property
+    def behind(self) -> bool:
+        """Whether the store is away and lacks what the log holds."""
+        return self._outage.on
+
+    def fetch(self, transactions: Sequence[Transaction]) -> None:
+        """Read all that the events need, in one round trip; without the store, what is in memory has to do."""
+        keys = [
+            key
+            for tx in transactions
+            for key in self._engine.keys_of(tx.card_id, tx.terminal_id, tx.device_id).values()
+        ]
+        if not keys:
+            return
+        if not self._reach(keys):
+            self._store.do_without(keys)
+
+    def _reach(self, keys: Sequence[str]) -> bool:
+        """Have the states at hand; while the store is away it is seldom asked, and False is the answer."""
+        try:
+            if self._outage.on:
+                if not self._outage.due:
+                    return False
+                self._return(keys[0])
+            self._store.fetch(keys)
+        except AWAY:
+            self._lose("read")
+            return False
+        return True
+
+    def _return(self, probe: str) -> None:
+        """Ask the store again; when it answers, replay what it lacks."""
+        self._store.forget(probe)
+        assert self._log is not None
+        events, labels = self.replay(self._log, self._log.applied).counts
+        self._outage.end()
+        logger.info("the feature store answers again; %d events and %d labels replayed", events, labels)
+
+    def _keys(self, of: Transaction | LabelTarget) -> Mapping[str, str]:
+        return self._engine.keys_of(of.card_id, of.terminal_id, of.device_id)
+
+    def _lose(self, verb: str) -> None:
+        if not self._outage.on:
+            logger.exception("the feature store cannot be %s; scores go on from memory and defaults", verb)
+        self._outage.begin()
 
     def last_event_us(self, card_ids: Sequence[str]) -> Mapping[str, int]:
         """Time of each known card's last event."""
@@ -92,11 +119,17 @@ class LiveFeatures:
             StaleEventError: an event is older than its card's last one; nothing may be kept then.
         """
         served = []
-        for item in self._engine.observe_many(transactions):
+        blind = self._store.blind
+        for tx, item in zip(transactions, self._engine.observe_many(transactions), strict=True):
             if isinstance(item, Exception):
                 raise item
-            served.append(item)
+            served.append(self._marked(tx, item) if blind else item)
         return served
+
+    def _marked(self, tx: Transaction, served: Served) -> Served:
+        keys = self._keys(tx)
+        known = [owner for owner in served.cold if keys[owner] not in self._store.blind]
+        return replace(served, cold=known, degraded=not self._store.blind.isdisjoint(keys.values()))
 
     def peek(self, transaction: Transaction) -> Served:
         """The features of an event that is not remembered.
@@ -107,7 +140,17 @@ class LiveFeatures:
         return self._engine.peek(transaction)
 
     def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
-        """Stage a label; one that the card no longer remembers can count in no feature and is only logged."""
+        """Stage a label; one that the card no longer remembers can count in no feature and is only logged.
+
+        Raises:
+            FeatureError: the store is away; nothing is staged.
+        """
+        keys = self._keys(target)
+        if not self._reach([*keys.values()]):
+            raise FeatureError("Labels wait for the feature store, which is away.", fix="send the label again")
+        self._apply_label(target, is_fraud, known_us)
+
+    def _apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
         ids = (target.card_id, target.terminal_id, target.device_id)
         try:
             self._engine.apply_label(*ids, target.order_us, is_fraud, known_us)
@@ -124,8 +167,14 @@ class LiveFeatures:
         self._engine = self._make_engine(self._store)
 
     def flush(self) -> None:
-        """Write what was kept to the store."""
-        self._store.flush()
+        """Write what was kept to the store; while it is away the log has it, see ``behind``."""
+        if not self._outage.on:
+            try:
+                self._store.flush()
+                return
+            except AWAY:
+                self._lose("written")
+        self._store.give_up()
 
     def recover(self, log: PredictionLog) -> tuple[int, int]:
         """Bring the store up to the log after a crash; returns the events and labels looked at.
@@ -140,6 +189,7 @@ class LiveFeatures:
 
     def replay(self, log: PredictionLog, since: tuple[int, int]) -> Replayed:
         """Take in what the log holds after these row numbers of events and labels; see :meth:`recover`."""
+        self._log = log
         labels = _chunks(log.labels_after, since[1])
         waiting = next(labels, None)
         last, counts = list(since), [0, 0]
@@ -149,16 +199,16 @@ class LiveFeatures:
             self._engine.restore(event, order_us)
             last[0], counts[0] = seq, counts[0] + 1
             if counts[0] % REPLAY_CHUNK == 0:
-                self.keep()
-                self.flush()
+                self._store.keep()
+                self._store.flush()
         while waiting is not None:
             waiting = self._relabel(waiting, labels, last, counts)
-        self.keep()
-        self.flush()
+        self._store.keep()
+        self._store.flush()
         return Replayed((last[0], last[1]), (counts[0], counts[1]))
 
     def _relabel(self, row: LabelRow, rows: Iterator[LabelRow], last: list[int], counts: list[int]) -> LabelRow | None:
-        self.apply_label(row[1], row[2].is_fraud, row[2].known_us)
+        self._apply_label(row[1], row[2].is_fraud, row[2].known_us)
         last[1], counts[1] = row[0], counts[1] + 1
         return next(rows, None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -28,7 +29,6 @@ class HttpMonitor:
 
     def __init__(self, unit: str) -> None:
         self.registry = CollectorRegistry()
-        self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = self._counter("http_requests", "Requests by route and status.", "route", "status")
         self.latency = self._histogram("http_latency_seconds", "Request to response, by route.", _LATENCY_S, "route")
         self.stage = self._histogram("stage_seconds", "Time a batch spends in each stage.", _STAGE_S, "stage")
@@ -39,6 +39,7 @@ class HttpMonitor:
         self._age = self._gauge("queue_age_seconds", f"How long the oldest of the {unit} has waited.")
         self._cap = self._gauge("batch_cap", f"{unit.capitalize()} that a batch may hold now.")
         self._service = self._gauge("predicted_batch_seconds", "Expected time of a batch of the cap's size.")
+        self._of_route = cache(self._series)  # looking a series up by its labels costs more than counting
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"deepseek_ray_{name}", text, labels, registry=self.registry)
@@ -50,13 +51,13 @@ class HttpMonitor:
         return Histogram(f"deepseek_ray_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count an answer and its time; looking labels up costs more than counting, so what is found is kept."""
-        found = self._answers.get((route, status))
-        if found is None:
-            found = self.requests.labels(route, str(status)), self.latency.labels(route)
-            self._answers[route, status] = found
-        found[0].inc()
-        found[1].observe(seconds)
+        """Count and time one request."""
+        count, time_it = self._of_route(route, status)
+        count.inc()
+        time_it.observe(seconds)
+
+    def _series(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        return self.requests.labels(route, str(status)), self.latency.labels(route)
 
     def watch_queue(self, queue: BatchQueue[Any]) -> None:
         """Read the queue and its control whenever the metrics are read."""
@@ -88,10 +89,12 @@ class Monitor(HttpMonitor):
         self.score = self._histogram("fraud_probability", "Scores given, by version.", _SCORES, "version")
         self.predictions = self._counter("predictions", "Decisions by outcome and version.", "decision", "version")
         self.cold = self._counter("cold_keys", "Keys scored without history.", "key")
+        self.degraded = self._counter("degraded", "Scores given while histories could not be read.")
         self.feedback = self._counter("feedback", "Labels received.", "is_fraud", "outcome")
         self.swaps = self._counter("model_swaps", "Swaps of the live model.", "outcome")
         self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
         self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
+        self.unlogged = self._gauge("log_write_failures", "1 while the prediction log cannot be written.")
 
     def show_model(self, name: str, version: str, run_id: str, threshold: float) -> None:
         """Name the version that serves from now on."""

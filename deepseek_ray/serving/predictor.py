@@ -12,7 +12,9 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,7 +22,14 @@ import numpy as np
 
 from deepseek_ray.data.events import Feedback, Prediction, Reason, Transaction, to_us
 from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, LoggedPrediction, PredictionLog
-from deepseek_ray.errors import DeepseekRayError, FeatureError, RequestError, StaleEventError
+from deepseek_ray.errors import (
+    DeepseekRayError,
+    EnvironmentProblemError,
+    FeatureError,
+    RequestError,
+    ServingError,
+    StaleEventError,
+)
 from deepseek_ray.logs import get_logger, trace_of
 from deepseek_ray.serving.admission import Plan, admit, is_new_label, label_target
 from deepseek_ray.serving.arms import ArmPlan, Outcome
@@ -45,6 +54,8 @@ from deepseek_ray.serving.shapes import padded
 logger = get_logger(__name__)
 
 MAX_REASONS = 5
+DEGRADED = "degraded"
+"""Stands in the log for the feature digest where histories could not be read."""
 DROPPED_A_BATCH = 100
 """Vectors dropped after a batch: a few milliseconds, and more than a batch adds."""
 
@@ -89,7 +100,7 @@ class Predictor:
         self._horizon_us, last = log.horizon()
         self._applied = log.applied
         self._written = (last, self._applied[1])
-        self._unflushed = self._closed = False
+        self._unflushed = self._unlogged = self._closed = False
         self.archived = self._dropped = 0
         self._swapping = threading.Lock()
         self.witness: Callable[[Sequence[LoggedPrediction]], None] = lambda rows: None
@@ -103,8 +114,8 @@ class Predictor:
 
     @property
     def healthy(self) -> bool:
-        """False while feature state that was answered from waits for its store."""
-        return not self._unflushed
+        """False while the log cannot be written, or feature state that was answered from waits for its store."""
+        return not self._unflushed and not self._unlogged
 
     def swap(self, live: LiveModel) -> None:
         """Serve another version from the next batch on: one reference changes, nothing waits."""
@@ -141,6 +152,8 @@ class Predictor:
             live: a version that reads them; the arms, which do not, end.
         """
         self._state.flush()
+        if self._state.behind:
+            raise ServingError("The feature store is away.", fix="it is tried again")
         take_over()
         self._state = state
         self._applied = self._written
@@ -157,14 +170,17 @@ class Predictor:
             self._monitor.pending.set(1)
             logger.error("feature state stays in memory and in the prediction log, not written: %s", trace_of(error))
             return
-        if self._unflushed:
-            self._monitor.pending.set(0)
+        self._monitor.pending.set(int(self._state.behind))
         self._unflushed = False
-        self._applied = self._written
+        if not self._state.behind:
+            self._applied = self._written
 
     def settle(self) -> None:
         """What waits until a batch's answers have left: feature state, and a few vectors that the archive holds."""
         self.flush()
+        if self._unlogged:  # a balancer that hears 503 sends nothing that would write: try it with nothing to say
+            with suppress(EnvironmentProblemError):
+                self._commit()
         last = self.archived
         if self._dropped < last and not self._log.drop_vectors(last, DROPPED_A_BATCH):
             self._dropped = last
@@ -175,7 +191,7 @@ class Predictor:
             return
         self._closed = True
         self.flush()
-        self._log.commit(applied_predictions=self._applied[0], applied_feedback=self._applied[1])
+        self._commit()
         self._log.close()
 
     def _score(self, commands: Sequence[ScoreCommand]) -> list[Result | Exception]:
@@ -194,6 +210,7 @@ class Predictor:
         events = [event for command in commands for event in command.transactions]
         with self._monitor.timed("check"):
             stored = self._log.by_transaction([event.transaction_id for event in events])
+            self._state.fetch(events)
             last_us = dict(self._state.last_event_us(list({event.card_id for event in events})))
         plan = Plan(stored, last_us)
         for index, command in enumerate(commands):
@@ -215,7 +232,7 @@ class Predictor:
             for event, item, outcome in zip(events, served, outcomes, strict=True)
         ]
         with self._monitor.timed("log"):
-            last, _ = self._log.commit(rows, applied_predictions=self._applied[0], applied_feedback=self._applied[1])
+            last, _ = self._commit(rows)
         self._state.keep()
         self._written = (last, self._written[1])
         self._horizon_us = max(self._horizon_us, *(row.order_us for row in rows))
@@ -249,18 +266,23 @@ class Predictor:
             model_version=live.version,
             run_id=live.run_id,
             feature_service=live.feature_service,
-            feature_digest=live.feature_digest,
+            # no vector of the declaration: neither verified nor trained on
+            feature_digest=DEGRADED if served.degraded else live.feature_digest,
             latency_ms=round((time.perf_counter() - received_s) * 1e3, 3),
             logged_us=now_us,
         )
 
     def _count(self, rows: Sequence[LoggedPrediction]) -> None:
         self._monitor.batch_size.observe(len(rows))
+        scores = {version: self._monitor.score.labels(version) for version in {row.model_version for row in rows}}
         for row in rows:
-            self._monitor.predictions.labels(row.decision, row.model_version).inc()
-            self._monitor.score.labels(row.model_version).observe(row.probability)
-            for key in row.cold:
-                self._monitor.cold.labels(key).inc()
+            scores[row.model_version].observe(row.probability)
+        decisions = Counter((row.decision, row.model_version) for row in rows)
+        for labels, times in decisions.items():
+            self._monitor.predictions.labels(*labels).inc(times)
+        self._monitor.degraded.inc(sum(row.feature_digest == DEGRADED for row in rows))
+        for key, times in Counter(key for row in rows for key in row.cold).items():
+            self._monitor.cold.labels(key).inc(times)
 
     def _label(self, command: FeedbackCommand) -> FeedbackResult:
         targets = self._log.label_targets([item.prediction_id for item in command.feedback])
@@ -280,12 +302,31 @@ class Predictor:
         try:
             for row in rows:
                 self._state.apply_label(targets[row.prediction_id], row.is_fraud, row.known_us)
-            _, last = self._log.commit(feedback=rows)
+            _, last = self._commit(feedback=rows)
         except Exception:
             self._state.discard()
             raise
         self._state.keep()
         self._written = (self._written[0], last)
+
+    def _commit(
+        self, rows: Sequence[LoggedPrediction] = (), feedback: Sequence[LoggedFeedback] = ()
+    ) -> tuple[int, int]:
+        """Write to the log; while it cannot be written the service says that it is not ready."""
+        try:
+            last = self._log.commit(
+                rows, feedback, applied_predictions=self._applied[0], applied_feedback=self._applied[1]
+            )
+        except EnvironmentProblemError:
+            if not self._unlogged:
+                logger.exception("the prediction log cannot be written: decisions are refused until it can")
+            self._unlogged = True
+            self._monitor.unlogged.set(1)
+            raise
+        if self._unlogged:
+            self._monitor.unlogged.set(0)
+        self._unlogged = False
+        return last
 
     def _set_threshold(self, command: ThresholdCommand) -> LiveModel:
         with self._swapping:
@@ -358,6 +399,7 @@ def to_prediction(row: LoggedPrediction) -> Prediction:
         cold=list(row.cold),
         reasons=list(row.reasons),
         latency_ms=row.latency_ms,
+        degraded=row.feature_digest == DEGRADED,
     )
 
 

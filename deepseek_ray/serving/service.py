@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,9 @@ from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
 from deepseek_ray.serving.wire import Limits
 
 logger = get_logger(__name__)
+
+FLUSH_EVERY_S = 1.0
+"""Under load; what a crash takes from memory is in the log and is replayed."""
 
 REHEARSAL = Transaction(
     transaction_id="rehearsal",
@@ -105,11 +109,12 @@ class RiskService:
         skew_us = round(config.max_future_skew_s * 1e6)
         buckets = config.batch_buckets
         self.predictor = Predictor(self.features, self.log, live, self.monitor, skew_us=skew_us, buckets=buckets)
+        self._settled_s = 0.0
         self.batcher: Batcher[Command, Result] = Batcher(
             self.predictor.run,
             max_batch_size=config.max_batch_size,
             max_queued=config.max_queued_requests,
-            after=self.predictor.settle,
+            after=self._settle,
             control=BatchControl(config.max_batch_size, config.slo_p99_ms / 1e3, config.batch_buckets),
         )
         self.monitor.watch_queue(self.batcher.queue)
@@ -141,6 +146,13 @@ class RiskService:
         self.log.by_transaction([REHEARSAL.transaction_id])
         self.features.last_event_us([REHEARSAL.card_id])
         self.features.peek(REHEARSAL)
+
+    def _settle(self) -> None:
+        """Write state when nothing waits, else now and then: a busy key's many states then cost one write."""
+        now_s = time.monotonic()
+        if not self.batcher.queued or now_s - self._settled_s > FLUSH_EVERY_S:
+            self.predictor.settle()
+            self._settled_s = now_s
 
     def _archived(self, last: int) -> None:
         self.predictor.archived = last  # the worker drops the vectors: it alone writes to the log
@@ -175,7 +187,7 @@ class RiskService:
         """
         before, contract = self._contract, contract_of(info, model, self._declaration)
         handover.check(before, contract)
-        features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store)
+        features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store, self.log)
         since = None
         if contract.vector.service != before.vector.service:
             wanted = self._wanted(contract, before.vector.service)

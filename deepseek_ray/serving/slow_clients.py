@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from uvicorn import config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deepseek_ray.config import ServingConfig
@@ -149,11 +148,10 @@ def _answer(error: DeepseekRayError) -> bytes:
 
 
 def guard(limits: ConnectionLimits, refused: Callable[[str], object] = lambda reason: None) -> None:
-    """Make every uvicorn server that this process starts from now on keep the limits, Ray Serve's included.
+    """Set the limits of every connection that this process takes with the protocol from now on.
 
     Args:
         refused: told the reason whenever a connection is ended: slow-headers, slow-body or connections.
     """
     GuardedProtocol.limits = limits
     GuardedProtocol.refused = staticmethod(refused)
-    config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedProtocol.__name__}"

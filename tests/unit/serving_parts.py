@@ -50,10 +50,13 @@ class FakeServed:
     values: np.ndarray[Any, np.dtype[np.float64]]
     sequence: np.ndarray[Any, np.dtype[np.float64]]
     cold: list[str]
+    degraded: bool = False
 
 
 class FakeState:
     """Counts each card's events; a flushed count survives, a kept one waits, the rest can be discarded."""
+
+    behind = False
 
     def __init__(self) -> None:
         self.last: dict[str, int] = {}
@@ -62,6 +65,9 @@ class FakeState:
         self.flushed: dict[str, int] = {}
         self.labels: list[tuple[str, bool, int]] = []
         self.fail_flush = False
+
+    def fetch(self, transactions: Sequence[Transaction]) -> None:
+        pass
 
     def last_event_us(self, card_ids: Sequence[str]) -> dict[str, int]:
         return {card: self.last[card] for card in card_ids if card in self.last}

@@ -16,6 +16,7 @@ from deepseek_ray.data.events import Feedback, Transaction
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import MemoryStore, StateStore
 from deepseek_ray.data.stream_engine import StreamEngine
+from deepseek_ray.errors import FeatureError
 from deepseek_ray.serving import live_features
 from deepseek_ray.serving.commands import (
     FeedbackCommand,
@@ -28,6 +29,7 @@ from deepseek_ray.serving.commands import (
 )
 from deepseek_ray.serving.live_features import DeferredStore, LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.outage import Outage
 from deepseek_ray.serving.predictor import Predictor
 from tests.unit.serving_parts import NOW, event
 
@@ -258,3 +260,82 @@ def test_work_that_fails_leaves_the_features_as_they_were(tmp_path: Path) -> Non
     [error] = service.predictor.run([TaskCommand(work)])
     assert isinstance(error, OSError)
     assert "card" not in service.score([event(99, card=card, at_s=9_000.0)]).predictions[0].cold
+
+
+class Flaky(MemoryStore):
+    """A store that can be out of reach."""
+
+    away = False
+
+    def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
+        if self.away:
+            raise OSError("no route to the store")
+        return super().read_states(keys)
+
+    def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
+        if self.away:
+            raise OSError("no route to the store")
+        super().write_states(states)
+
+
+def test_without_the_store_scores_are_degraded_and_later_made_good(tmp_path: Path, caplog: Any) -> None:
+    events = stream(40)
+    plain = Service(tmp_path / "plain", MemoryStore())
+    play(plain, events)
+    store = Flaky()
+    service = Service(tmp_path / "flaky", store)
+    play(service, events[:20])
+    cold = Service(tmp_path / "flaky", store)
+    cold.features._store.forget("any")  # nothing is in memory
+    clock = iter(range(0, 10_000, 100))
+    cold.features._outage = Outage(lambda: next(clock))
+    store.away = True
+    answers = [cold.score([item]).predictions[0] for item in events[20:30]]
+    assert answers[0].degraded
+    assert answers[0].cold == []
+    assert cold.features.behind
+    assert cold.predictor.healthy
+    assert "cannot be read" in caplog.text
+    label = Feedback(prediction_id=answers[0].prediction_id, is_fraud=True, observed_at=NOW + timedelta(days=1))
+    (refused,) = cold.predictor.run([FeedbackCommand([label])])
+    assert isinstance(refused, FeatureError), "its place in the history is not known"
+    store.away = False
+    play(cold, events[30:])
+    assert not cold.features.behind
+    assert not cold.score([event(99, at_s=5_000.0)]).predictions[0].degraded
+    assert store.blobs.keys() == {*plain_states(plain)}
+    logged = {row.transaction.transaction_id: row for row in map(cold.log.get, ids_of(cold)) if row}
+    assert logged["t20"].feature_digest == "degraded"
+    assert logged["t39"].feature_digest == SPEC.digest
+
+
+def test_a_store_that_cannot_be_written_costs_no_answer_and_no_event(tmp_path: Path) -> None:
+    events = stream(40)
+    plain, store = Service(tmp_path / "plain", MemoryStore()), Flaky()
+    service = Service(tmp_path / "flaky", store)
+    for each in (plain, service):
+        play(each, events[:20])
+        store.away = each is service
+        for item in events[20:30]:
+            each.score([item])
+    store.away = False
+    play(plain, events[30:])
+    service.features._outage = Outage(lambda: 0.0)
+    service.features._outage.begin()
+    service.features._outage._now_s = lambda: 1e9
+    play(service, events[30:])
+    again = service.features.peek(event(99, at_s=9_000.0, card="c1"))
+    want = plain.features.peek(event(99, at_s=9_000.0, card="c1"))
+    np.testing.assert_array_equal(again.values, want.values)
+
+
+def plain_states(service: Service) -> set[str]:
+    """Keys of the states that a service has written."""
+    store = service.features._store._store
+    assert isinstance(store, MemoryStore)
+    return {*store.blobs} | {f"{SPEC.service}/card/c1", f"{SPEC.service}/terminal/m1"}
+
+
+def ids_of(service: Service) -> list[str]:
+    """All prediction ids of a log."""
+    return [row[0] for row in service.log._db.execute("SELECT prediction_id FROM predictions")]

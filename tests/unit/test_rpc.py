@@ -183,7 +183,7 @@ def test_a_full_queue_is_tried_again_only_within_the_deadline(tmp_path: Path) ->
         with pytest.raises(OverloadedError) as full:
             caller.call("risk.score", body(event(1)), timeout_s=0.5)
         assert full.value.retry_after_s == 1.0
-        threading.Timer(0.3, lambda: setattr(made.batcher, "_queued", 0)).start()
+        threading.Timer(0.3, lambda: setattr(made.batcher.queue, "queued", 0)).start()
         assert caller.call("risk.score", body(event(1)), timeout_s=5)["transaction_id"] == "t1"
 
 

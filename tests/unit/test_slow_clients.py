@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from uvicorn import config
 
 from deepseek_ray.serving.slow_clients import ConnectionLimits, GuardedProtocol, guard
 from serve_apps.ingress import free_port
@@ -26,7 +25,6 @@ Story = Callable[[int], Awaitable[None]]
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every server of a test keeps the limits; afterwards none does."""
-    monkeypatch.setitem(config.HTTP_PROTOCOLS, "auto", config.HTTP_PROTOCOLS["auto"])
     monkeypatch.setattr(GuardedProtocol, "limits", LIMITS)
     monkeypatch.setattr(GuardedProtocol, "refused", GuardedProtocol.refused)
     guard(LIMITS)
@@ -34,9 +32,10 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[int]:
-    """A uvicorn server such as Serve starts; gives its port."""
+    """A uvicorn server such as the replica has; gives its port."""
     port = free_port()
-    options = uvicorn.Config(app, port=port, lifespan="off", log_config=None, access_log=False, timeout_keep_alive=2)
+    quiet = {"lifespan": "off", "log_config": None, "access_log": False}
+    options = uvicorn.Config(app, port=port, http=GuardedProtocol, timeout_keep_alive=2, **quiet)
     server = uvicorn.Server(options)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     task = asyncio.create_task(server._serve())

@@ -1,0 +1,111 @@
+"""A state store whose writes wait until the prediction log has committed, and that remembers what it has read."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from deepseek_ray.data.state import StateStore
+
+CACHE_BYTES = 32 << 20
+"""Blobs kept in memory, the least recently used leave: this process alone writes, so they are what the store holds."""
+
+
+class _Cache:
+    """Blobs by key, None for a key that the store lacks; bounded in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self._bytes = max_bytes, 0
+        self._blobs: OrderedDict[str, bytes | None] = OrderedDict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._blobs
+
+    def get(self, key: str) -> bytes | None:
+        self._blobs.move_to_end(key)
+        return self._blobs[key]
+
+    def put(self, key: str, blob: bytes | None) -> None:
+        self._bytes += _size(blob) - (_size(self._blobs[key]) if key in self._blobs else 0)
+        self._blobs[key] = blob
+        self._blobs.move_to_end(key)
+
+    def trim(self) -> None:
+        """Let the oldest go; not while a batch still counts on what it fetched."""
+        while self._bytes > self.max_bytes:
+            self._bytes -= _size(self._blobs.popitem(last=False)[1])
+
+
+def _size(blob: bytes | None) -> int:
+    return _ENTRY_BYTES + len(blob or b"")
+
+
+_ENTRY_BYTES = 200  # key, entry and object headers
+
+
+class DeferredStore:
+    """Holds writes back in two steps: staged (may be undone), then kept (will be written)."""
+
+    def __init__(self, store: StateStore, cache_bytes: int = CACHE_BYTES) -> None:
+        self._store = store
+        self._cache = _Cache(cache_bytes)
+        self._staged: dict[str, tuple[str, bytes, int]] = {}
+        self._kept: dict[str, tuple[str, bytes, int]] = {}
+        self.blind: set[str] = set()
+
+    def fetch(self, keys: Iterable[str]) -> None:
+        """Read what is not at hand in one round trip, so that ``read_states`` of these keys needs none."""
+        self._cache.trim()
+        missing = self._missing(keys)
+        for key, blob in zip(missing, self._store.read_states(missing) if missing else (), strict=True):
+            self._cache.put(key, blob)
+
+    def do_without(self, keys: Iterable[str]) -> None:
+        """Take what is not at hand for empty until the batch ends, and write nothing in its place."""
+        self.blind = set(self._missing(keys))
+
+    def _missing(self, keys: Iterable[str]) -> list[str]:
+        known = self._staged.keys() | self._kept.keys()
+        return [key for key in dict.fromkeys(keys) if key not in known and key not in self._cache]
+
+    def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Newest blobs, written or not, in the order of the keys."""
+        self.fetch(key for key in keys if key not in self.blind)
+        return [None if key in self.blind else self._at_hand(key) for key in keys]
+
+    def _at_hand(self, key: str) -> bytes | None:
+        entry = self._staged.get(key) or self._kept.get(key)
+        return entry[1] if entry else self._cache.get(key)
+
+    def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
+        """Stage blobs."""
+        self._staged.update({state[0]: state for state in states if state[0] not in self.blind})
+
+    def keep(self) -> None:
+        """Make what is staged final."""
+        self._kept |= self._staged
+        self._staged, self.blind = {}, set()
+
+    def discard(self) -> None:
+        """Drop what is staged."""
+        self._staged, self.blind = {}, set()
+
+    def give_up(self) -> None:
+        """Leave what is kept to the log; the cache still has it, as long as there is room."""
+        for key, blob, _ in self._kept.values():
+            self._cache.put(key, blob)
+        self._kept = {}
+        self._cache.trim()
+
+    def forget(self, probe: str) -> None:
+        """Make sure that the store answers, then hold nothing that it may lack."""
+        self._store.read_states([probe])
+        self._kept, self._cache = {}, _Cache(self._cache.max_bytes)
+
+    def flush(self) -> None:
+        """Write what is kept; on an error it stays kept."""
+        if self._kept:
+            self._store.write_states(list(self._kept.values()))
+            for key, blob, _ in self._kept.values():
+                self._cache.put(key, blob)
+            self._kept = {}

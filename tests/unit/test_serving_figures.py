@@ -1,0 +1,37 @@
+"""What the serving benchmark makes of its measurements."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from tests.bench.serving.figures import Rounds, kept, row
+from tests.bench.serving.load import Trace, bodies
+
+
+def trace(latency_ms: list[float], status: list[int]) -> Trace:
+    """One request each tenth of a second."""
+    due = np.arange(len(latency_ms)) / 10
+    return Trace(due, np.array(latency_ms), np.array(status), 0.0)
+
+
+def test_a_window_is_kept_when_all_of_it_is_in_time_and_answered() -> None:
+    good, slow = [5.0] * 10, [5.0] * 9 + [80.0]
+    assert kept(trace(good + slow, [200] * 20), 50.0, 2) == 0.5
+    assert kept(trace(good + good, [200] * 15 + [503] + [200] * 4), 50.0, 2) == 0.5
+    assert kept(trace(good, [200] * 10), 50.0, 2) == 0.5, "a second without requests is not kept"
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    rounds = Rounds()
+    rounds.rps["fast", 64], rounds.rps["floor", 64] = [50.0, 500.0, 90.0], [100.0, 1_000.0, 100.0]
+    assert rounds.ratio("fast", "floor", 64) == 0.5
+    assert row("figure", "fast", [1.0, 3.0, 2.0])["value"] == 2.0
+
+
+def test_each_transaction_is_a_new_one() -> None:
+    made = bodies("transaction")
+    first, second = json.loads(next(made)), json.loads(next(made))
+    assert first["transaction_id"] != second["transaction_id"]
+    assert trace([1.0], [500]).failed == 1
