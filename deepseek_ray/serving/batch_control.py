@@ -30,28 +30,22 @@ class ServiceTime:
 
     Args:
         scale: a size that is typical of large batches; keeps the arithmetic well conditioned.
+
+    Attributes:
+        tail: what a slow batch takes, as a multiple of the mean; at least 1.
     """
 
     def __init__(self, scale: int) -> None:
         self._scale = scale
         self._base = self._slope = 0.0  # s(b) = base + slope * b / scale
         self._cov = (0.0, 0.0, 0.0)  # of (base, slope): variance, covariance, variance
-        self._limit = (0.0, 0.0)
-        self._log_tail = 0.0
+        self.tail = 1.0
         self.batches = 0
-
-    @property
-    def tail(self) -> float:
-        """What a slow batch takes, as a multiple of the mean; at least 1."""
-        return math.exp(min(max(self._log_tail, 0.0), math.log(MAX_TAIL)))
 
     def mean_s(self, size: int) -> float:
         """Expected seconds of a batch of ``size``; 0 before the first."""
-        return max(self._base, 0.0) + max(self._slope, 0.0) * size / self._scale
-
-    def slow_s(self, size: int) -> float:
-        """Seconds that 97 of 100 batches of ``size`` stay below."""
-        return self.tail * self.mean_s(size)
+        base, slope = self._base, self._slope  # either may fall below 0 for a moment, by noise
+        return (base if base > 0 else 0.0) + (slope * size / self._scale if slope > 0 else 0.0)
 
     def largest(self, seconds: float, at_most: int) -> int:
         """The largest size, 1 to ``at_most``, whose slow batch stays within ``seconds``."""
@@ -75,15 +69,14 @@ class ServiceTime:
         # a first guess between "all fixed cost" and "all per item", and great doubt about it
         per_item = 0.5 * seconds / size
         self._base, self._slope = seconds - per_item * size, per_item * self._scale
-        self._limit = ((10 * seconds) ** 2, (10 * seconds * self._scale / size) ** 2)
-        self._cov = (self._limit[0], 0.0, self._limit[1])
+        self._cov = ((10 * seconds) ** 2, 0.0, (10 * seconds * self._scale / size) ** 2)
 
     def _follow_tail(self, ratio: float) -> None:
-        step = TAIL_STEP * (TAIL if ratio > math.exp(self._log_tail) else TAIL - 1.0)
-        self._log_tail = min(max(self._log_tail + step, 0.0), math.log(MAX_TAIL))
+        step = TAIL_STEP * (TAIL if ratio > self.tail else TAIL - 1.0)
+        self.tail = min(max(self.tail * math.exp(step), 1.0), MAX_TAIL)
 
     def _update(self, x: float, seconds: float, mean: float) -> None:
-        p, q, r = self._forget()
+        p, q, r = self._forget(x, mean)
         gain = (p + q * x, q + r * x)
         variance = gain[0] + gain[1] * x + (NOISE * mean) ** 2
         bound = OUTLIER * math.sqrt(variance)
@@ -92,10 +85,10 @@ class ServiceTime:
         self._slope += gain[1] * surprise
         self._cov = (p - gain[0] ** 2 / variance, q - gain[0] * gain[1] / variance, r - gain[1] ** 2 / variance)
 
-    def _forget(self) -> tuple[float, float, float]:
+    def _forget(self, x: float, mean: float) -> tuple[float, float, float]:
         """Grow the doubt, up to a bound: batches of one size say nothing about the others, however many there are."""
         p, q, r = self._cov
-        if p < MEMORY * self._limit[0] and r < MEMORY * self._limit[1]:
+        if p < (10 * mean) ** 2 and r < (10 * mean / x) ** 2:
             return p / MEMORY, q / MEMORY, r / MEMORY
         return p, q, r
 
@@ -145,7 +138,9 @@ class BatchControl:
 
     def batch_s(self, size: int) -> float:
         """Expected seconds of a batch; 0 while nothing is known."""
-        return self._time.mean_s(self.padded(size)) if self.knows else 0.0
+        if self._time.batches < MIN_BATCHES:
+            return 0.0
+        return self._time.mean_s(pad_to(size, self._buckets) if self._buckets else size)
 
     def slow_s(self, size: int) -> float:
         """Seconds that 97 of 100 batches of a size stay below; 0 while nothing is known."""
@@ -159,10 +154,12 @@ class BatchControl:
             ahead: items that wait before this one.
             weight: what this one counts for.
         """
+        if self._time.batches < MIN_BATCHES:
+            return 0.0
         full, rest = divmod(ahead, self.cap)
         if rest and rest + weight > self.cap:  # it does not fit behind the others
             full, rest = full + 1, 0
-        start_s = left_s + full * self.slow_s(self.cap)
+        start_s = left_s + (full * self.slow_s(self.cap) if full else 0.0)
         own = rest + weight + int(self._rate * start_s)  # others join it until it starts
         return start_s + self.slow_s(min(own, max(self.cap, weight)))
 
