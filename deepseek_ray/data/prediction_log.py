@@ -227,6 +227,12 @@ class PredictionLog:
         row = self._db.execute("SELECT MAX(order_us), MAX(seq) FROM predictions").fetchone()
         return int(row[0] or 0), int(row[1] or 0)
 
+    def last_rows(self) -> tuple[int, int]:
+        """Row numbers of the last decision and the last label, zeros where there is none."""
+        query = "SELECT (SELECT COALESCE(MAX(seq), 0) FROM predictions), (SELECT COALESCE(MAX(seq), 0) FROM feedback)"
+        decisions, labels = self._db.execute(query).fetchone()
+        return int(decisions), int(labels)
+
     def by_transaction(self, transaction_ids: Sequence[str]) -> dict[str, LoggedPrediction]:
         """Decisions already made for these transactions, without their vectors."""
         found = self._select("transaction_id", transaction_ids)

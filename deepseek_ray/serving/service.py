@@ -194,8 +194,8 @@ class RiskService:
             since = handover.prepare_aside(self._paths, wanted, lambda: not self._closing.is_set())
 
         def take_over() -> None:
-            if since is not None:
-                features.replay(self.log, since)
+            # vectors that share their states need no event again: the old features have just written them
+            features.replay(self.log, since or self.log.last_rows())
 
         def work() -> None:
             self.predictor.hand_over(features, take_over, live)

@@ -226,6 +226,7 @@ def test_features_of_another_vector_take_over_from_the_log_with_nothing_lost(
             prepared = LiveFeatures(make_other, store).replay(service.log, (0, 0))
     straight.flush()
     assert (prepared.counts, service.log.last_service()) == ((31, 7), SPEC.service)
+    assert service.log.last_rows() == (60, 12)
     features = LiveFeatures(make_other, store)
     live = LiveModel(Mean(), "risk", "2", "r", other.service, other.digest, other.names, 0.9, 0)
 
