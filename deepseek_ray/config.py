@@ -100,6 +100,9 @@ class GateConfig(Section):
     max_calibration_error: float = Field(0.02, gt=0, description="expected calibration error, absolute")
     max_p99_ms: float = Field(20.0, gt=0, description="processor time of scoring one row")
     max_forgetting: float = Field(0.02, ge=0, le=1, description="relative loss of average precision on older patterns")
+    max_label_shift: float = Field(
+        3.0, ge=1, description="the share of fraud among new labels may be so many times that of older ones, or a part"
+    )
 
 
 class UpdateConfig(Section):
@@ -114,7 +117,9 @@ class UpdateConfig(Section):
     min_labels: int = Field(50, ge=1)
     holdout_fraction: float = Field(0.25, gt=0, lt=1, description="newest labelled days; they judge and do not train")
     memory_rows: int = Field(30_000, ge=1, description="rows of each class kept for replay")
-    ewc_strength: float = Field(1.0, ge=0, description="of the pull to the champion's weights; 1: as strong as old rows")
+    ewc_strength: float = Field(
+        1.0, ge=0, description="of the pull to the champion's weights; 1: as strong as old rows"
+    )
     ewc_rows: int = Field(512, ge=2, description="old rows that the weights' importance is measured on")
     lwf_weight: float = Field(1.0, ge=0, description="of the champion's answers on new rows, against their labels")
     lwf_temperature: float = Field(2.0, ge=1, description="log-odds are divided by it before they are compared")

@@ -1,9 +1,9 @@
 """Keep a run's champion up to date: ``python -m serve_apps.updater --run DIR --url http://127.0.0.1:8000``.
 
-Looks at the log every ``updater.poll_s`` seconds and starts an update when a trigger says so. Each update is a process
-of its own (``--once``), so that its memory is given back and its end, however it comes, is only its own. What it does is
-in ``updater/state.json`` and ``updater/state.prom`` of the run folder. Stops on SIGTERM or Ctrl-C; an update under way is ended too
-and counts nothing.
+Looks at the log every ``updater.poll_s`` seconds and starts an update when a trigger says so. Each update is a
+process of its own (``--once``), so that its memory is given back and its end, however it comes, is only its own. What
+it does is in ``updater/state.json`` and ``updater/state.prom`` of the run folder. Stops on SIGTERM or Ctrl-C; an update
+under way is ended too.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def _command(paths: RunPaths, options: argparse.Namespace) -> list[str]:
 def _attempt(command: Sequence[str], paths: RunPaths, stop: threading.Event) -> tuple[Outcome, str]:
     """One update in a process of its own; its words go to a file beside the state."""
     file = paths.updater / "update.log"
-    with file.open("w", encoding="utf-8") as words, subprocess.Popen(
-        command, stdout=words, stderr=subprocess.STDOUT
-    ) as child:
+    with (
+        file.open("w", encoding="utf-8") as words,
+        subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT) as child,
+    ):
         while child.poll() is None:
             if stop.wait(_STOP_POLL_S):
                 child.terminate()

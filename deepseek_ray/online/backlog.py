@@ -1,4 +1,4 @@
-"""What a run has waiting for an update: usable labels that its champion has not seen, and how far its input has moved."""
+"""What waits for an update: usable labels that the champion has not seen, and how far its input has moved."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ class Backlog:
             return RiskDataset.load(self._paths.datasets / "train.safetensors")
         delay = self._config.data.label_delay_days
         served = matured_rows(self._paths, info.schema.columns, info.schema.feature_digest, delay)
-        first, last = (int(np.datetime64(info.tags[name], "D").astype(np.int64)) for name in ("train_start", "train_end"))
+        first, last = (
+            int(np.datetime64(info.tags[name], "D").astype(np.int64)) for name in ("train_start", "train_end")
+        )
         return served.select((served.day >= first) & (served.day <= last))
 
 

@@ -46,9 +46,10 @@ def update(config: Config, paths: RunPaths, registry: Registry, url: str | None 
     """
     paths.updates.mkdir(parents=True, exist_ok=True)
     busy = f"Another update of {str(paths.root)!r} is under way."
-    with exclusive(paths.updates, busy, "wait for its end"), registry.tracking.start_run(
-        "update", tags={"stage": "update", "strategy": config.update.strategy}
-    ) as run:
+    with (
+        exclusive(paths.updates, busy, "wait for its end"),
+        registry.tracking.start_run("update", tags={"stage": "update", "strategy": config.update.strategy}) as run,
+    ):
         return _update(config, paths, registry, run, url)
 
 
@@ -60,9 +61,7 @@ def _update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: 
     intake = take_in(champion.version, served, registry, ledger, config, paths)
     made = train(champion, intake, config, paths)
     info = register(registry, run, made, intake, config)
-    ledger.write(
-        info.version, champion.version, intake.labels, run_id=run.run_id, root_until_us=intake.root_until_us
-    )
+    ledger.write(info.version, champion.version, intake.labels, run_id=run.run_id, root_until_us=intake.root_until_us)
     old = RiskDataset.load(paths.datasets / "holdout.safetensors")
     decision = judge(champion, info, intake.held_out, old, config.gate)
     refusal = registry.offer(info.version, decision)
@@ -85,9 +84,7 @@ def _update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: 
 def train(champion: VersionInfo, intake: Intake, config: Config, paths: RunPaths) -> UpdateResult:
     """Train the challenger by ``update.strategy``."""
     target = paths.root / "challenger"
-    return warm_start(
-        champion.path, intake.train, intake.memory, target, config.update, config.train, seed=config.seed
-    )
+    return warm_start(champion.path, intake.train, intake.memory, target, config.update, config.train, seed=config.seed)
 
 
 def register(registry: Registry, run: Run, made: UpdateResult, intake: Intake, config: Config) -> VersionInfo:

@@ -90,7 +90,7 @@ def root_until(version: str, ledger: Ledger, registry: Registry) -> int:
 
 
 def memory_of(version: str, served: Matured, ledger: Ledger, root: Root) -> Reservoir:
-    """The replay memory of a version: that of the newest version before it that was kept, and what the ledger says since.
+    """The replay memory of a version: the newest one kept on the way to it, and what the ledger says since.
 
     It depends on training rows, ledger and log only: a lost file costs time and no row.
     """

@@ -80,9 +80,7 @@ class Ledger:
         with self._connected() as db:
             db.executescript(f"PRAGMA journal_mode = WAL; {_SCHEMA}")
 
-    def write(
-        self, version: str, base: str, labels: Mapping[str, Counted], *, run_id: str, root_until_us: int
-    ) -> None:
+    def write(self, version: str, base: str, labels: Mapping[str, Counted], *, run_id: str, root_until_us: int) -> None:
         """Durably note what a version that is not promoted yet was trained on.
 
         Args:
@@ -120,7 +118,7 @@ class Ledger:
         return known
 
     def set_aside(self, prediction_ids: Iterable[str], reason: str) -> int:
-        """Let no update train on these decisions, for example because their labels are wrong; returns how many are new."""
+        """Let no update train on these decisions, whose labels may be wrong; returns how many are new here."""
         rows = [(name, reason, time.time_ns() // 1_000) for name in prediction_ids]
         with self._connected() as db, db:
             before = db.execute("SELECT COUNT(*) FROM set_aside").fetchone()[0]

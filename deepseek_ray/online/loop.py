@@ -92,8 +92,9 @@ class Loop:
         now_s = self._clock()
         decision = decide(Facts(now_s, self.state.since_s, waiting, psi, self.state.last), self._config)
         status = "failing" if self.state.last and self.state.last.outcome == "failed" else "idle"
-        found = {"waiting": waiting, "psi": psi, "looked_s": now_s}
-        self._keep(replace(self.state, status=status, message=decision.reason, **found))
+        self._keep(
+            replace(self.state, status=status, message=decision.reason, waiting=waiting, psi=psi, looked_s=now_s)
+        )
         return decision
 
     def _update(self, decision: Decision) -> None:
@@ -109,9 +110,7 @@ class Loop:
         since_s = self.state.since_s if outcome == "failed" else begun_s
         status = "failing" if outcome == "failed" else "idle"
         log.info("%s: %s", outcome, message)
-        self._keep(
-            replace(self.state, status=status, message=message, last=last, attempts=counts, since_s=since_s)
-        )
+        self._keep(replace(self.state, status=status, message=message, last=last, attempts=counts, since_s=since_s))
 
     def _keep(self, state: State) -> None:
         self.state = state

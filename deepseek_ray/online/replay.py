@@ -154,7 +154,7 @@ class Reservoir:
     def _offer(self, label: int, rows: Columns) -> None:
         count = len(rows[LABEL])
         kept = self.num_kept(label)
-        # a row that was taken back left a thinned class: its place stays empty, so that what is left is as fair a choice
+        # a row that was taken back left a thinned class: its place stays empty, what is left is as fair a choice
         room = self.capacity if kept == self.seen[label] else kept
         position = np.arange(self.seen[label], self.seen[label] + count, dtype=np.int64)
         drawn = self._rng[label].integers(0, position + 1)

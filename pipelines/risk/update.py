@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--policy", choices=sorted(STRATEGIES), help="short for --set update.strategy=...")
     parser.add_argument("--url", help="wait until the service at this address answers with the new version")
     parser.add_argument(
-        "--set-aside", type=Path, metavar="CSV", help="train on no decision of this file's column prediction_id, and end"
+        "--set-aside",
+        type=Path,
+        metavar="CSV",
+        help="train on no decision of this file's column prediction_id, and end",
     )
     parser.add_argument("--reason", default="", help="why, with --set-aside")
     options = parser.parse_args(argv)

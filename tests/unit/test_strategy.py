@@ -1,4 +1,4 @@
-"""Each strategy against plain fine-tuning on a task of two patterns: it learns the new one and forgets less of the old."""
+"""Each strategy against plain fine-tuning on a task of two patterns: it learns the new one and forgets less."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"lwf": {"lwf_weight": 0.3}, "ewc": {"ewc_
 
 
 def make_rows(seed: int, count: int, *, new: bool) -> RiskDataset:
-    """In the old season fraud is what has the old pattern; in the new one only the new pattern is, and the old is noise.
+    """In the old season fraud is what has the old pattern; in the new one what has the new, and the old is noise.
 
     Who learns the new season alone unlearns the old pattern.
     """
@@ -42,9 +42,7 @@ def make_rows(seed: int, count: int, *, new: bool) -> RiskDataset:
     columns = [season, noise, pattern] if new else [season, pattern, noise * 0.6]
     sequence = np.tile([0.0, -1.0, 0.0, 0.0, 0.0, 0.0], (count, 2, 1))
     order_us = np.arange(count) * 3_600_000_000
-    return RiskDataset.build(
-        np.column_stack(columns), sequence, label, order_us, np.arange(count), feature_names=NAMES
-    )
+    return RiskDataset.build(np.column_stack(columns), sequence, label, order_us, np.arange(count), feature_names=NAMES)
 
 
 OLD, NEW = make_rows(1, 800, new=False), make_rows(2, 800, new=True)
@@ -71,9 +69,7 @@ def memory() -> Reservoir:
 
 def challenger(champion: Path, memory: Reservoir, target: Path, *, plain: bool = False, **changes: Any) -> Path:
     config = CONFIG.model_copy(update=changes)
-    return warm_start(
-        champion, NEW, memory, target, config, TRAIN, strategy=Strategy if plain else None
-    ).model_dir
+    return warm_start(champion, NEW, memory, target, config, TRAIN, strategy=Strategy if plain else None).model_dir
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +107,10 @@ def test_ewc_holds_the_weights_that_old_answers_depend_on(champion: Path, memory
     def moved(strength: float) -> float:
         made = challenger(champion, memory, tmp_path, strategy="ewc", ewc_strength=strength, ewc_rows=64, epochs=4)
         after = dict(models.load(made, torch.float32).named_parameters())
-        return sum(float((fisher[name] * (after[name] - one).square()).sum().detach()) for name, one in before.named_parameters())
+        return sum(
+            float((fisher[name] * (after[name] - one).square()).sum().detach())
+            for name, one in before.named_parameters()
+        )
 
     assert moved(100.0) < 0.5 * moved(0.0)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deepseek_ray.config import UpdaterConfig
+from deepseek_ray.config import UpdaterConfig, build_config
 from deepseek_ray.errors import ConfigError
-from deepseek_ray.config import build_config
 from deepseek_ray.online.triggers import Attempt, Facts, Outcome, decide, not_before
 
 CONFIG = UpdaterConfig(
