@@ -79,8 +79,11 @@ def test_an_update_counts_each_label_once_and_the_next_one_goes_on(run: tuple[Ru
     late = next(name for name, one in Ledger(paths.updates).counted("2").items() if not one.told)
     late_label(paths, int(late[1:]), is_fraud=True)
     kept = Reservoir.load(intake.memory_file(paths, "2"))
-    second = cycle.update(make_config(), paths, registry)
+    costs = {"threshold_policy": "cost", "review_cost": 3.0, "missed_fraud_cost": 60.0}
+    by_cost = make_config(**{f"serving.{name}": value for name, value in costs.items()})
+    second = cycle.update(by_cost, paths, registry)
     assert second["promoted"], second["refusal"]
+    assert (second["threshold"], registry.get("3").tags["threshold"]) == (0.05, "0.05")
     assert second["rows_corrected"] == 1
     champion, again = check_account(paths, registry)
     assert champion == "3"
@@ -164,8 +167,7 @@ def test_an_update_that_is_killed_neither_loses_nor_repeats_a_label(run: tuple[R
     assert after["promoted"], after["refusal"]
     champion, total = check_account(paths, registry)
     served = matured(paths, registry.get(champion).schema.columns, "d", 2.0)
-    ready = served.told & (served.rows.day < served.rows.day[served.rows.order_us <= after["trained_until_us"]].max())
-    assert total <= int(served.told.sum())
-    missing = set(served.prediction_ids[ready].tolist()) - set(Ledger(paths.updates).counted(champion))
-    judging = set(served.prediction_ids[served.rows.day >= served.rows.day.max() - 2].tolist())
-    assert missing <= judging
+    judging = np.arange(len(served.rows)) >= len(served.rows) - after["rows_holdout"]
+    assert total == int((served.told & ~judging).sum())
+    missing = set(served.prediction_ids.tolist()) - set(Ledger(paths.updates).counted(champion))
+    assert missing == set(served.prediction_ids[judging].tolist())
