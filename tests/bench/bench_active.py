@@ -127,7 +127,8 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run all seeds, write a line each, print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=7)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--customers", type=int, default=400)
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [run(seed, options) for seed in range(options.seeds)]
+    lines = [run(seed, options) for seed in range(options.first_seed, options.first_seed + options.seeds)]
     gain = {kind: float(np.median([line[kind] - line["start"] for line in lines])) for kind in ("active", "random")}
     low, middle, high = np.percentile([line["ratio"] for line in lines], [25, 50, 75])
     print(
