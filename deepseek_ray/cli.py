@@ -36,6 +36,8 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "warm": ("pipelines.risk.warm", "bring the live feature state to the end of the history"),
     "replay": ("pipelines.risk.replay", "play held-out days against the service"),
     "update": ("pipelines.risk.update", "warm-start a challenger, gate it, promote it"),
+    "updater": ("serve_apps.updater", "update the champion whenever it is time"),
+    "label": ("pipelines.risk.label", "choose decisions to send for labelling"),
     "review": ("pipelines.risk.review", "recompute what was served, and judge the update"),
     "report": ("pipelines.risk.report", "write the report of a run again"),
     "handbook": ("pipelines.risk.handbook", "the published protocol on handbook-shaped parquet"),

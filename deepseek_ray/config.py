@@ -100,17 +100,52 @@ class GateConfig(Section):
     max_calibration_error: float = Field(0.02, gt=0, description="expected calibration error, absolute")
     max_p99_ms: float = Field(20.0, gt=0, description="processor time of scoring one row")
     max_forgetting: float = Field(0.02, ge=0, le=1, description="relative loss of average precision on older patterns")
+    max_label_shift: float = Field(
+        3.0, ge=1, description="the share of fraud among new labels may be so many times that of older ones, or a part"
+    )
 
 
 class UpdateConfig(Section):
     """Incremental update of the champion."""
 
+    strategy: Literal["replay", "ewc", "lwf", "derpp", "lora", "warm_start"] = Field(
+        "replay", description="how an update keeps what the champion knows; see docs/updating.md"
+    )
     replay_fraction: float = Field(0.9, ge=0, lt=1, description="share of old rows in each batch")
     epochs: int = Field(3, ge=1)
     lr: float = Field(1e-3, gt=0)
     min_labels: int = Field(50, ge=1)
     holdout_fraction: float = Field(0.25, gt=0, lt=1, description="newest labelled days; they judge and do not train")
     memory_rows: int = Field(30_000, ge=1, description="rows of each class kept for replay")
+    ewc_strength: float = Field(
+        1.0, ge=0, description="of the pull to the champion's weights; 1: as strong as old rows"
+    )
+    ewc_rows: int = Field(512, ge=2, description="old rows that the weights' importance is measured on")
+    lwf_weight: float = Field(1.0, ge=0, description="of the champion's answers on new rows, against their labels")
+    lwf_temperature: float = Field(2.0, ge=1, description="log-odds are divided by it before they are compared")
+    derpp_alpha: float = Field(0.1, ge=0, description="of the squared distance to the log-odds stored with old rows")
+    lora_rank: int = Field(8, ge=1, description="of the adapters on the linear layers")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters count alpha / rank times")
+
+
+class UpdaterConfig(Section):
+    """When the long-running updater starts an update; each trigger is off at 0."""
+
+    min_new_labels: int = Field(1_000, ge=0, description="usable labels that no champion has been trained on")
+    drift_psi: float = Field(0.25, ge=0, description="largest population stability index of a feature")
+    drift_labels: int = Field(50, ge=1, description="new labels without which drift starts nothing")
+    every_s: float = Field(86_400.0, ge=0, description="time since the last attempt, where there is a new label")
+    min_gap_s: float = Field(600.0, ge=0, description="shortest time from one attempt to the next")
+    poll_s: float = Field(30.0, gt=0, description="how often it looks")
+    drift_rows: int = Field(2_000, ge=100, description="newest decisions compared with the training rows")
+    retry_s: float = Field(60.0, gt=0, description="wait after a failure; doubles with each one in a row")
+    retry_max_s: float = Field(3_600.0, gt=0, description="longest wait after failures")
+
+    @model_validator(mode="after")
+    def _check(self) -> UpdaterConfig:
+        if self.retry_max_s < self.retry_s:
+            raise ValueError(f"updater.retry_max_s={self.retry_max_s:g} must be >= updater.retry_s={self.retry_s:g}")
+        return self
 
 
 class ServingConfig(Section):
@@ -179,6 +214,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
+    updater: UpdaterConfig = Field(default_factory=UpdaterConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
     stores: StoreConfig = Field(default_factory=StoreConfig)
 

@@ -96,9 +96,14 @@ class RunPaths:
         return self.root / "datasets"
 
     @property
-    def replay_memory(self) -> Path:
-        """Older labelled rows that an update mixes in."""
-        return self.root / "replay_memory.npz"
+    def updates(self) -> Path:
+        """Ledger of the labels that updates have trained on, and the replay memory of each version."""
+        return self.root / "updates"
+
+    @property
+    def updater(self) -> Path:
+        """State of the long-running updater."""
+        return self.root / "updater"
 
     @property
     def results(self) -> Path:

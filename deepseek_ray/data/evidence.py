@@ -22,6 +22,7 @@ GATES = (
     "schema",
     "feature_service",
     "forgetting",
+    "label_shift",
 )
 """Every check a decision must hold; one that is missing counts as failed."""
 
@@ -62,6 +63,8 @@ class Evidence:
         heldout_digest: identity of the held-out rows; only equal ones may be compared.
         contract: the vector it reads.
         old_average_precision: average precision on rows of older fraud patterns; None when not measured.
+        old_prevalence: share of fraud in those rows; None when not measured.
+        num_rows: held-out rows; 0 when not counted.
     """
 
     name: str
@@ -74,6 +77,8 @@ class Evidence:
     heldout_digest: str
     contract: VectorContract
     old_average_precision: float | None = None
+    old_prevalence: float | None = None
+    num_rows: int = 0
 
     def __post_init__(self) -> None:
         # JSON has no NaN: a number that was written as null is read back as what it was

@@ -135,6 +135,25 @@ def read_predictions(paths: RunPaths, *, vectors: bool = True) -> pl.DataFrame:
     return predictions.join(feedback, on="prediction_id", how="left", maintain_order="left")
 
 
+def read_newest(paths: RunPaths, num_rows: int) -> pl.DataFrame:
+    """The newest decisions with their vectors and without labels, oldest first; as cheap on the longest log.
+
+    Returns:
+        At most ``num_rows`` rows with the columns of the log; see ``read_predictions``.
+    """
+    manifest = read_manifest(paths.prediction_archive)
+    parts = [_empty("predictions")]
+    if paths.prediction_log.exists():
+        with _connect(paths.prediction_log, read_only=True) as db:
+            last = int(db.execute("SELECT MAX(seq) FROM predictions").fetchone()[0] or 0)
+            parts.append(_fetch(db, "predictions", max(manifest.last("predictions"), last - num_rows), last))
+    for part in reversed(manifest.predictions):
+        if sum(map(len, parts)) >= num_rows:
+            break
+        parts.insert(0, pl.read_parquet(paths.prediction_archive / part.file))
+    return pl.concat(parts).filter(pl.col("feature_values").is_not_null()).tail(num_rows)
+
+
 def stack_values(frame: pl.DataFrame) -> npt.NDArray[np.float64]:
     """Served feature vectors of ``read_predictions`` rows that share one feature service: float64[n, F]."""
     return _stack([unpack(blob) for blob in frame["feature_values"]], "feature vectors")

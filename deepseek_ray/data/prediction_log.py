@@ -290,6 +290,14 @@ class PredictionLog:
         targets = self.label_targets([row.prediction_id for row in rows])
         return [(row.seq, targets[row.prediction_id], row) for row in rows]
 
+    def labelled_ids(self, feature_digest: str, after_us: int, before_us: int) -> set[str]:
+        """Ids of the labelled decisions served from a vector, with ``after_us < order_us < before_us``."""
+        query = (
+            "SELECT prediction_id FROM feedback JOIN predictions p USING (prediction_id) "
+            "WHERE feature_digest = ? AND p.order_us > ? AND p.order_us < ?"
+        )
+        return {row[0] for row in self._db.execute(query, (feature_digest, after_us, before_us))}
+
     def set_threshold(self, model_version: str, threshold: float, logged_us: int) -> None:
         """Record a version's decision threshold; the history stays."""
         try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from deepseek_ray.data.datasets import DAY_US, RiskDataset
 from deepseek_ray.data.periods import card_numbers
@@ -11,6 +15,25 @@ from deepseek_ray.data.prediction_archive import read_predictions, stack_sequenc
 from deepseek_ray.data.table import delay_us
 from deepseek_ray.errors import DataError
 from deepseek_ray.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Matured:
+    """Decisions old enough for their label.
+
+    Args:
+        rows: n of them, labelled, in the order of events.
+        prediction_ids: n of them.
+        told: (n,) True where the label was sent, False where the decision counts as genuine because none came.
+    """
+
+    rows: RiskDataset
+    prediction_ids: NDArray[np.str_]
+    told: NDArray[np.bool_]
+
+    def select(self, mask: NDArray[Any]) -> Matured:
+        """Those where a boolean mask holds."""
+        return Matured(self.rows.select(mask), self.prediction_ids[mask], self.told[mask])
 
 
 def matured_rows(
@@ -27,13 +50,29 @@ def matured_rows(
     Raises:
         DataError: no decision is old enough.
     """
+    return matured(paths, columns, feature_digest, label_delay_days).rows
+
+
+def matured(paths: RunPaths, columns: tuple[str, ...], feature_digest: str, label_delay_days: float) -> Matured:
+    """Like :func:`matured_rows`, with the ids of the decisions."""
     logged = read_predictions(paths).filter(pl.col("feature_digest") == feature_digest)
+    told = logged.filter(pl.col("is_fraud").is_not_null())["prediction_id"].implode()
     rows = _matured(logged, label_delay_days)
     if not rows.height:
         raise DataError(
             f"None of {logged.height} logged decisions is {label_delay_days:g} days old.", fix="wait for their labels"
         )
-    return to_rows(rows, columns, rows["is_fraud"].to_numpy())
+    ids = rows["prediction_id"]
+    dataset = to_rows(rows, columns, rows["is_fraud"].to_numpy())
+    return Matured(dataset, ids.to_numpy().astype(np.str_), ids.is_in(told).to_numpy())
+
+
+def mature_before(newest_us: int, label_delay_days: float) -> int:
+    """Events before this time are old enough for their label, when the newest is at ``newest_us``: whole days only.
+
+    A day cut short would judge on a few rows.
+    """
+    return (newest_us - delay_us(label_delay_days)) // DAY_US * DAY_US
 
 
 def newest_rows(
@@ -61,8 +100,7 @@ def newest_rows(
 
 
 def _matured(logged: pl.DataFrame, label_delay_days: float) -> pl.DataFrame:
-    newest = int(logged["order_us"].max() or 0)  # type: ignore[arg-type]
-    end_us = (newest - delay_us(label_delay_days)) // DAY_US * DAY_US  # a day cut short would judge on a few rows
+    end_us = mature_before(int(logged["order_us"].max() or 0), label_delay_days)  # type: ignore[arg-type]
     return logged.filter(pl.col("order_us") < end_us).sort("order_us").with_columns(pl.col("is_fraud").fill_null(0))
 
 

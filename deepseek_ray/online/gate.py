@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
+from scipy.stats import binomtest
+
 from deepseek_ray.config import GateConfig
 from deepseek_ray.data.evidence import GATES, Check, Evidence, GateDecision, VectorContract
 
 __all__ = ["GATES", "Check", "Evidence", "GateDecision", "VectorContract", "decide"]
+
+_SURE = 0.999  # a few frauds more or less are chance
 
 
 def decide(
@@ -37,6 +41,7 @@ def decide(
         _at_most("p99_scoring_ms", challenger.p99_ms, bounds.max_p99_ms),
         *_contract(live or (champion.contract if champion else None), challenger.contract),
         _forgetting(champion, challenger, bounds.max_forgetting),
+        _label_shift(champion, challenger, bounds.max_label_shift),
     )
     evidence = {"challenger": asdict(challenger), "champion": asdict(champion) if champion else None}
     return GateDecision(
@@ -79,6 +84,21 @@ def _forgetting(champion: Evidence | None, challenger: Evidence, max_loss: float
     loss = relative_drop(before, after)
     passed = _share(before) and _share(after) and loss <= max_loss
     return Check(name, passed, loss, max_loss, f"older patterns: {before:.6g} -> {after:.6g}")
+
+
+def _label_shift(champion: Evidence | None, challenger: Evidence, bound: float) -> Check:
+    """Labels that call several times as many, or as few, rows fraud as before are an error or an attack, not a pattern.
+
+    The held-out rows judge both sides; whoever could spoil them would judge.
+    """
+    name, old = "label_shift", challenger.old_prevalence
+    if champion is None or not old or not challenger.num_rows or not _share(challenger.prevalence):
+        return Check(name, True, 1.0, bound, "there are no older labels to compare with")
+    frauds = round(challenger.prevalence * challenger.num_rows)
+    among = binomtest(frauds, challenger.num_rows).proportion_ci(_SURE, method="wilson")
+    shift = max(float(among.low) / old, old / float(among.high), 1.0)
+    detail = f"share of fraud on older rows {old:.6g}, on these {challenger.prevalence:.6g}"
+    return Check(name, shift <= bound, shift, bound, detail)
 
 
 def relative_drop(before: float, after: float) -> float:

@@ -63,6 +63,8 @@ def measure(
         heldout_digest=rows.digest if old is None else f"{rows.digest}:{old.digest}",
         contract=contract,
         old_average_precision=None if old is None else _precision(model, old.labelled()),
+        old_prevalence=None if old is None else float((old.labelled().label == 1).mean()),
+        num_rows=len(rows),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +64,25 @@ class Reservoir:
             if chosen.size:
                 self._offer(value, {name: array[chosen] for name, array in columns.items()})
 
-    def correct(self, columns: Mapping[str, npt.NDArray[Any]], key: Sequence[str]) -> int:
-        """Make frauds of rows that were offered as genuine, whether they were kept or thinned out.
-
-        A row that a full class of frauds may have seen and dropped is taken only where it is still kept as genuine.
+    def withdraw(self, columns: Mapping[str, npt.NDArray[Any]], key: Sequence[str]) -> None:
+        """Take back rows that were offered as genuine, whether they were kept or thinned out.
 
         Args:
-            columns: rows that were offered before and are fraud, as for :meth:`add`.
+            columns: the rows, each offered before with label 0 and not taken back since.
             key: columns that together name a row.
-
-        Returns:
-            How many rows were corrected; those that are known as frauds are left as they are.
         """
-        genuine, fraud = (_names(self._kept[label], key) for label in (0, 1))
-        known, here, whole = set(fraud), set(genuine), self.num_kept(1) == self.seen[1]
-        late = np.array([n not in known and (whole or n in here) for n in _names(columns, key)], dtype=bool)
-        if not late.any():
-            return 0
-        moved = set(_names({name: columns[name][late] for name in key}, key))
-        stays = np.array([name not in moved for name in genuine], dtype=bool)
+        gone = set(_names(columns, key))
+        stays = np.array([name not in gone for name in _names(self._kept[0], key)], dtype=bool)
         self._kept[0] = {name: array[stays] for name, array in self._kept[0].items()}
-        self.seen[0] -= int(late.sum())
-        self.add({name: array[late] for name, array in columns.items()})
-        return int(late.sum())
+        self.seen[0] -= len(gone)
+
+    def fill(self, column: str, make: Callable[[Columns], npt.NDArray[Any]]) -> None:
+        """Give kept rows whose number in a column is NaN the number that ``make`` computes from their columns."""
+        for kept in self._kept.values():
+            lacking = np.flatnonzero(np.isnan(kept[column])) if kept else np.empty(0, dtype=np.int64)
+            if lacking.size:
+                kept[column] = kept[column].copy()
+                kept[column][lacking] = make({name: array[lacking] for name, array in kept.items()})
 
     def rows(self) -> Columns:
         """All kept rows, genuine ones first."""
@@ -158,7 +154,7 @@ class Reservoir:
     def _offer(self, label: int, rows: Columns) -> None:
         count = len(rows[LABEL])
         kept = self.num_kept(label)
-        # a corrected row left a thinned class: its place stays empty, so that what is left is as fair a choice
+        # a row that was taken back left a thinned class: its place stays empty, what is left is as fair a choice
         room = self.capacity if kept == self.seen[label] else kept
         position = np.arange(self.seen[label], self.seen[label] + count, dtype=np.int64)
         drawn = self._rng[label].integers(0, position + 1)

@@ -10,6 +10,9 @@ import numpy.typing as npt
 from deepseek_ray.config import ServingConfig
 from deepseek_ray.errors import DataError
 
+THRESHOLD_TAG = "threshold"
+"""Tag of a version: the threshold that it starts with."""
+
 Floats = npt.NDArray[np.float64]
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from deepseek_ray.data.windows import Declaration, VectorSpec
 from deepseek_ray.errors import FeatureError, ModelFormatError, RegistryError
 from deepseek_ray.models.risk import RiskModel
+from deepseek_ray.online.threshold import THRESHOLD_TAG
 from deepseek_ray.registry import CHAMPION, Registry, VersionInfo
 from deepseek_ray.serving.commands import LiveModel, Scorer
 
-THRESHOLD_TAG = "threshold"
 DEFAULT_THRESHOLD = 0.5
 
 

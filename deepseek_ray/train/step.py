@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from deepseek_ray import metrics
 from deepseek_ray.config import TrainConfig
@@ -26,6 +27,9 @@ from deepseek_ray.parallel.data import Batch, DataAxis, batches, epoch_order, ga
 from deepseek_ray.train.optimiser import learning_rate, make_optimiser, set_learning_rate
 
 _MIN_PACE = 0.3  # of the balancing bias, at the end of training: slow enough to settle, fast enough to follow
+
+Penalty: TypeAlias = Callable[[Tensor, NDArray[np.int64]], Tensor]
+"""(log-odds of a batch (B,), its rows' numbers in the dataset) -> a scalar that is added to the batch's mean loss."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,27 @@ class Training:
         dataset: rows with known labels; the same on every worker.
         recipe: length and speed.
         axis: this worker's place.
+        penalty: one more term of the loss, for example what holds an update back from forgetting.
 
     Raises:
         DataError: a class is missing.
     """
 
-    def __init__(self, model: RiskModel, dataset: RiskDataset, recipe: Recipe, axis: DataAxis | None = None) -> None:
+    def __init__(
+        self,
+        model: RiskModel,
+        dataset: RiskDataset,
+        recipe: Recipe,
+        axis: DataAxis | None = None,
+        *,
+        penalty: Penalty | None = None,
+    ) -> None:
         require_both_classes(dataset)
         self.model = model
         self.dataset = dataset
         self.recipe = recipe
         self.axis = axis or DataAxis()
+        self.penalty = penalty
         self.forward = self.axis.wrap(model)
         self.optimiser = make_optimiser(model, recipe.lr, recipe.weight_decay)
         frauds = int((dataset.label == 1).sum())
@@ -120,11 +134,15 @@ class Training:
         x_BF = torch.from_numpy(self.dataset.features[rows])
         s_BNC = torch.from_numpy(self.dataset.sequence[rows])
         label_B = torch.from_numpy(self.dataset.label[rows].astype(np.float32))
-        logit_B = self.forward(x_BF, s_BNC) - math.log(self.recipe.negative_rate)
-        loss = F.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum")
-        self.optimiser.zero_grad(set_to_none=True)
+        logit_B = self.forward(x_BF, s_BNC)
+        shifted_B = logit_B - math.log(self.recipe.negative_rate)
+        loss = F.binary_cross_entropy_with_logits(shifted_B, label_B, reduction="sum")
         # Data-parallel averaging divides by the workers; the step's mean divides by all its rows.
-        (loss * (self.axis.size / batch.total)).backward()  # type: ignore[no-untyped-call]
+        mean = loss * (self.axis.size / batch.total)
+        if self.penalty is not None:
+            mean = mean + self.penalty(logit_B, rows)
+        self.optimiser.zero_grad(set_to_none=True)
+        mean.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         self.optimiser.step()
         return float(loss.detach()), float(norm)
@@ -141,7 +159,8 @@ class Training:
         rate = pace * self.model.config.shape.router_bias_rate
         counts_LE = self.axis.sum(torch.stack([moe.router.count_E for moe in experts]))
         for moe, count_E in zip(experts, counts_LE, strict=True):
-            moe.router.balance(count_E, rate)
+            if moe.router.weight_ED.requires_grad:  # an update that leaves the router as it is leaves its choices too
+                moe.router.balance(count_E, rate)
         return counts_LE.numpy()
 
     def held_out_logits(self, dataset: RiskDataset) -> NDArray[np.float64]:

@@ -24,14 +24,13 @@ from deepseek_ray.data.periods import Periods, periods, to_dataset
 from deepseek_ray.data.windows import VectorSpec
 from deepseek_ray.logs import get_logger
 from deepseek_ray.online import trial
-from deepseek_ray.online.threshold import policy_threshold
+from deepseek_ray.online.threshold import THRESHOLD_TAG, policy_threshold
 from deepseek_ray.paths import RunPaths, write_stage
 from deepseek_ray.registry.package import InputSchema, Probes
 from deepseek_ray.registry.tracking import Run, git_commit
 from deepseek_ray.registry.versions import CHAMPION, Lineage, Registry, VersionInfo
 from deepseek_ray.report.charts import CHARTS
 from deepseek_ray.report.results import Results, Train
-from deepseek_ray.serving.champion import THRESHOLD_TAG
 from deepseek_ray.train.evaluation import judge
 from deepseek_ray.train.trainer import FitResult, fit
 from deepseek_ray.train.yardsticks import Yardstick, fit_lightgbm, fit_logistic

@@ -179,3 +179,16 @@ def test_no_number_makes_the_gate_raise_or_promote_nonsense(numbers: tuple[float
     decision = decide(CHAMPION, challenger, BOUNDS)
     assert not decision.promote or all(math.isfinite(number) for number in numbers)
     json.loads(decision.to_json())
+
+
+@pytest.mark.parametrize(
+    ("prevalence", "num_rows", "passes"),
+    [(0.02, 5_000, True), (0.05, 5_000, False), (0.05, 20, True), (0.0, 5_000, False), (0.0, 100, True)],
+)
+def test_labels_of_another_kind_are_refused_where_chance_does_not_explain_them(
+    prevalence: float, num_rows: int, passes: bool
+) -> None:
+    """One row in a hundred used to be a fraud: three times that is too much, if there are enough rows to tell."""
+    changes = {"prevalence": prevalence, "num_rows": num_rows, "old_prevalence": 0.01}
+    decision = decide(replace(CHAMPION, **changes), replace(BETTER, **changes), BOUNDS)
+    assert failed(decision) == ([] if passes else ["label_shift"])

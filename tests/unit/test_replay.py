@@ -133,51 +133,51 @@ def test_there_must_be_room() -> None:
         Reservoir(0)
 
 
+KEY = ("card", "order_us")
+
+
 def as_fraud(rows: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     return {**rows, "label": np.ones(len(rows["label"]), dtype=np.int8)}
 
 
-KEY = ("card", "order_us")
-
-
-def test_a_correction_moves_a_kept_row_to_the_frauds(tmp_path: Path) -> None:
+def test_a_row_taken_back_is_gone_and_may_come_as_a_fraud(tmp_path: Path) -> None:
     memory = Reservoir(500)
     memory.add(make_rows(1, 100, fraud_every=1000))
-    assert memory.correct(as_fraud(make_rows(7, 2)), KEY) == 2
+    memory.withdraw(make_rows(7, 2), KEY)
+    assert (memory.seen, len(memory)) == ({0: 98, 1: 0}, 98)
+    memory.add(as_fraud(make_rows(7, 2)))
     rows = memory.rows()
     assert sorted(rows["order_us"]) == list(range(1, 101))
     assert rows["order_us"][rows["label"] == 1].tolist() == [7, 8]
-    assert memory.seen == {0: 98, 1: 2}
     memory.save(tmp_path / "replay.npz")
-    again = Reservoir.load(tmp_path / "replay.npz")
-    assert again.correct(as_fraud(make_rows(7, 2)), KEY) == 0
-    assert again.seen == {0: 98, 1: 2}
+    assert Reservoir.load(tmp_path / "replay.npz").seen == {0: 98, 1: 2}
 
 
-def test_a_correction_reaches_rows_that_were_thinned_out() -> None:
+def test_a_row_that_was_thinned_out_can_be_taken_back_too() -> None:
     memory = Reservoir(20)
     memory.add(make_rows(1, 200, fraud_every=1000))
     gone = next(at for at in range(1, 201) if at not in memory.rows()["order_us"])
-    assert memory.correct(as_fraud(make_rows(gone, 1)), KEY) == 1
-    assert (memory.seen, memory.num_kept(0), memory.num_kept(1)) == ({0: 199, 1: 1}, 20, 1)
+    memory.withdraw(make_rows(gone, 1), KEY)
+    assert (memory.seen, memory.num_kept(0)) == ({0: 199, 1: 0}, 20)
 
 
-def test_a_full_class_of_frauds_takes_only_what_it_cannot_have_seen() -> None:
-    memory = Reservoir(5)
-    memory.add(make_rows(0, 10, fraud_every=1))
-    memory.add(make_rows(101, 3, fraud_every=1000))
-    dropped = next(at for at in range(10) if at not in memory.rows()["order_us"])
-    assert memory.correct(as_fraud(make_rows(dropped, 1)), KEY) == 0
-    assert memory.correct(as_fraud(make_rows(102, 1)), KEY) == 1
-    assert (memory.seen, memory.num_kept(0)) == ({0: 2, 1: 11}, 2)
+def test_what_lacks_a_number_is_filled_once() -> None:
+    memory = Reservoir(20)
+    rows = make_rows(1, 10, fraud_every=5)
+    memory.add({**rows, "logit": np.where(rows["order_us"] == 3, 7.0, np.nan).astype(np.float32)})
+    memory.fill("logit", lambda kept: kept["order_us"] * 2.0)
+    filled = dict(zip(memory.rows()["order_us"].tolist(), memory.rows()["logit"].tolist(), strict=True))
+    assert filled == {at: 7.0 if at == 3 else 2.0 * at for at in range(1, 11)}
+    memory.fill("logit", lambda kept: 1 / 0)
 
 
-def test_the_choice_stays_fair_after_corrections() -> None:
+def test_the_choice_stays_fair_after_rows_were_taken_back() -> None:
     kept = []
     for seed in range(300):
         memory = Reservoir(20, seed=seed)
         memory.add(make_rows(1, 100, fraud_every=1000))
-        memory.correct(as_fraud(make_rows(1, 20)), KEY)
+        memory.withdraw(make_rows(1, 20), KEY)
+        memory.add(as_fraud(make_rows(1, 20)))
         memory.add(make_rows(101, 120, fraud_every=1000))
         rows = memory.rows()
         assert len(rows["label"]) - rows["label"].sum() == memory.num_kept(0)

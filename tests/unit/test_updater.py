@@ -19,7 +19,7 @@ from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.gate import decide
 from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
-from deepseek_ray.online.updater import correct, not_remembered, recall, remember, warm_start
+from deepseek_ray.online.updater import recall, remember, take_back, warm_start
 from deepseek_ray.train.step import EpochRecord, Recipe, train_in_process
 
 NAMES = ("amount", "old_pattern", "new_pattern")
@@ -159,22 +159,11 @@ def test_measuring_needs_a_fraud(champion: Path) -> None:
         )
 
 
-def test_rows_of_an_earlier_update_are_not_new_again(memory: Reservoir, tmp_path: Path) -> None:
-    half = OLD.order_us.max() // 2
-    assert len(not_remembered(memory, OLD)) == 0
-    fresh = Reservoir(200)
-    remember(fresh, OLD.select(OLD.order_us <= half))
-    fresh.save(tmp_path / "memory.npz")
-    left = not_remembered(Reservoir.load(tmp_path / "memory.npz"), OLD)
-    assert left.order_us.tolist() == OLD.order_us[OLD.order_us > half].tolist()
-
-
-def test_a_label_that_comes_late_makes_a_remembered_row_a_fraud(memory: Reservoir) -> None:
-    late = OLD.order_us == OLD.order_us[5]  # remembered as genuine
-    served = RiskDataset(**{**vars(OLD), "label": np.where(late, 1, OLD.label).astype(np.int8)})
-    younger = RiskDataset(**{**vars(served), "order_us": served.order_us + OLD.order_us.max() + 1})
-    assert correct(memory, served.concat(younger)) == 1
+def test_a_row_that_is_taken_back_comes_again_as_a_fraud(memory: Reservoir) -> None:
+    late = OLD.select(OLD.order_us == OLD.order_us[5])  # remembered as genuine
+    take_back(memory, late)
+    assert memory.seen == {0: 539, 1: 60}
+    remember(memory, RiskDataset(**{**vars(late), "label": np.ones(1, dtype=np.int8)}))
     rows = recall(memory)
     assert rows.label[rows.order_us == OLD.order_us[5]].tolist() == [1]
     assert memory.seen == {0: 539, 1: 61}
-    assert correct(memory, served) == 0

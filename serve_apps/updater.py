@@ -1,0 +1,93 @@
+"""Keep a run's champion up to date: ``python -m serve_apps.updater --run DIR --url http://127.0.0.1:8000``.
+
+Looks at the log every ``updater.poll_s`` seconds and starts an update when a trigger says so. Each update is a
+process of its own (``--once``), so that its memory is given back and its end, however it comes, is only its own. What
+it does is in ``updater/state.json`` and ``updater/state.prom`` of the run folder. Stops on SIGTERM or Ctrl-C; an update
+under way is ended too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
+from deepseek_ray.config import Config
+from deepseek_ray.online.triggers import EXIT_STATUS, Outcome
+from deepseek_ray.paths import RunPaths, exclusive
+
+_STOP_POLL_S = 0.2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until told to stop; with ``--once`` update now, exit status 3 when the gate refuses."""
+    parser = argparse.ArgumentParser(prog="deepseek-ray updater", description="Update the champion when it is time.")
+    add_settings(parser)
+    parser.add_argument("--url", help="after a promotion wait until the service at this address answers with it")
+    parser.add_argument("--once", action="store_true", help="update now, whatever the triggers say, and end")
+    options = parser.parse_args(arguments)
+    config, paths = settings_of(options)
+    return _once(config, paths, options.url) if options.once else _keep_on(config, paths, options)
+
+
+def _once(config: Config, paths: RunPaths, url: str | None) -> int:
+    import torch
+
+    from deepseek_ray.online.cycle import update
+    from deepseek_ray.registry import Registry
+
+    torch.set_num_threads(1)  # the service needs the other core
+    registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
+    return EXIT_STATUS["promoted" if update(config, paths, registry, url)["promoted"] else "refused"]
+
+
+def _keep_on(config: Config, paths: RunPaths, options: argparse.Namespace) -> int:
+    from deepseek_ray.online.backlog import Backlog
+    from deepseek_ray.online.loop import Loop
+    from deepseek_ray.registry import Registry
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    paths.updater.mkdir(parents=True, exist_ok=True)
+    state = paths.updater / "state.json"
+    with exclusive(paths.updater, f"Another updater of {str(paths.root)!r} is running.", "leave it or end it"):
+        backlog = Backlog(config, paths, Registry.open(paths, config.stores, name=config.model_name, create=False))
+        command = _command(paths, options)
+        loop = Loop(backlog, config.updater, lambda: _attempt(command, paths, stop), state, time.time)
+        print(f"updating {config.model_name!r} of {paths.root}, see {state}", flush=True)
+        while not stop.is_set():
+            loop.look()
+            stop.wait(config.updater.poll_s)
+    return 0
+
+
+def _command(paths: RunPaths, options: argparse.Namespace) -> list[str]:
+    url = [f"--url={options.url}"] if options.url else []
+    return [sys.executable, "-m", __spec__.name, "--once", f"--run={paths.root}", *url, *settings_arguments(options)]
+
+
+def _attempt(command: Sequence[str], paths: RunPaths, stop: threading.Event) -> tuple[Outcome, str]:
+    """One update in a process of its own; its words go to a file beside the state."""
+    file = paths.updater / "update.log"
+    with (
+        file.open("w", encoding="utf-8") as words,
+        subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT) as child,
+    ):
+        while child.poll() is None:
+            if stop.wait(_STOP_POLL_S):
+                child.terminate()
+                child.wait()
+    said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
+    outcomes = {status: outcome for outcome, status in EXIT_STATUS.items()}
+    outcome = outcomes.get(child.returncode, "failed")
+    return outcome, said[0] if outcome != "failed" else f"status {child.returncode}: {said[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

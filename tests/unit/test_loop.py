@@ -1,0 +1,122 @@
+"""The updater's loop: it goes on where it was, backs off, and shows what it does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepseek_ray.config import UpdaterConfig
+from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.online.loop import Loop
+from deepseek_ray.online.triggers import Outcome
+
+CONFIG = UpdaterConfig(min_new_labels=10, drift_labels=5, min_gap_s=1.0, retry_s=10.0, retry_max_s=20.0)
+
+
+class Run:
+    """A run with labels waiting, and updates that end as told."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.now, self.labels, self.moved = file, 1_000.0, 0, 0.0
+        self.ends: list[Outcome] = []
+        self.begun: list[float] = []
+        self.error: Exception | None = None
+
+    def waiting(self) -> int:
+        if self.error:
+            raise self.error
+        return self.labels
+
+    def psi(self) -> float | None:
+        return self.moved
+
+    def attempt(self) -> tuple[Outcome, str]:
+        self.begun.append(self.now)
+        outcome = self.ends.pop(0)
+        if outcome == "promoted":
+            self.labels = 0
+        return outcome, f"it was {outcome}"
+
+    def loop(self) -> Loop:
+        return Loop(self, CONFIG, self.attempt, self.file, lambda: self.now)
+
+    def shown(self) -> dict[str, object]:
+        return json.loads(self.file.read_text())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "state.json")
+
+
+def test_it_waits_for_labels_and_says_so(run: Run) -> None:
+    run.labels = 9
+    loop = run.loop()
+    assert not loop.look().start
+    assert (run.shown()["status"], run.shown()["message"], run.shown()["waiting"]) == ("idle", "9 new labels", 9)
+    run.labels, run.ends = 10, ["promoted"]
+    assert loop.look().start
+    assert run.shown()["message"] == "it was promoted"
+    assert run.shown()["attempts"] == {"promoted": 1, "refused": 0, "failed": 0}
+    text = run.file.with_suffix(".prom").read_text()
+    assert 'deepseek_ray_updater_attempts{outcome="promoted"} 1.0' in text
+    assert "deepseek_ray_updater_failures_in_a_row 0.0" in text
+
+
+def test_drift_is_asked_for_when_there_are_labels_to_learn_from(run: Run) -> None:
+    run.labels, run.moved, run.ends = 5, 0.5, ["promoted"]
+    assert run.loop().look().reason == "drift: 0.500 >= 0.25"
+
+
+def test_failures_are_tried_again_with_growing_waits(run: Run) -> None:
+    run.labels, run.ends = 10, ["failed", "failed", "failed", "promoted"]
+    loop = run.loop()
+    for _ in range(60):
+        loop.look()
+        run.now += 1.0
+    assert run.begun == [1_000.0, 1_010.0, 1_030.0, 1_050.0]
+    assert run.shown()["status"] == "idle"
+
+
+def test_who_is_killed_during_an_update_backs_off_and_starts_it_again(run: Run) -> None:
+    class KilledError(Exception):
+        pass
+
+    def killed() -> tuple[Outcome, str]:
+        raise KilledError
+
+    run.labels, run.ends = 10, ["promoted"]
+    with pytest.raises(KilledError):
+        Loop(run, CONFIG, killed, run.file, lambda: run.now).look()
+    assert run.shown()["status"] == "updating"
+    again = run.loop()
+    assert not again.look().start
+    run.now += 10.0
+    assert again.look().start
+    assert run.shown()["message"] == "it was promoted"
+
+
+def test_a_refusal_waits_for_other_labels_also_after_a_restart(run: Run) -> None:
+    run.labels, run.ends = 15, ["refused", "promoted"]
+    assert run.loop().look().start
+    run.now += 5.0
+    assert not run.loop().look().start
+    run.labels = 25
+    assert run.loop().look().start
+
+
+def test_a_registry_that_is_away_is_told_and_not_the_end(run: Run) -> None:
+    run.error = RegistryUnavailableError("The store does not answer.", fix="start it")
+    loop = run.loop()
+    assert not loop.look().start
+    assert (run.shown()["status"], run.begun) == ("failing", [])
+    run.error, run.labels, run.ends = None, 10, ["promoted"]
+    assert loop.look().start
+
+
+def test_a_torn_state_is_begun_anew(run: Run) -> None:
+    run.file.write_text('{"since_s": 1')
+    run.labels, run.ends = 10, ["promoted"]
+    assert run.loop().look().start
