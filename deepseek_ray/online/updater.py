@@ -121,7 +121,8 @@ def warm_start(
     """
     model = models.load(champion_dir, torch.float32)
     rows = _checked(new, memory, model.config.feature_names, config.min_labels)
-    recipe = Recipe.of(train, seed=seed, epochs=config.epochs, lr=config.lr)
+    size = config.batch_size or train.batch_size
+    recipe = Recipe.of(train, seed=seed, epochs=config.epochs, lr=config.lr, batch_size=size)
     mix = _Mix(rows, memory, config.replay_fraction, recipe.negative_rate, seed)
     training = Training(model, mix.epoch(0), recipe)
     history = []
