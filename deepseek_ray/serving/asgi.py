@@ -206,7 +206,7 @@ def json_response(value: Mapping[str, Any]) -> Response:
 
 def _problem(error: Exception) -> Response:
     status, body = problem.to_problem(error)
-    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status)))
+    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status, error)))
 
 
 async def _send(send: Send, response: Response) -> None:

@@ -187,6 +187,14 @@ def test_a_full_queue_is_tried_again_only_within_the_deadline(tmp_path: Path) ->
         assert caller.call("risk.score", body(event(1)), timeout_s=5)["transaction_id"] == "t1"
 
 
+def await_transport(caller: Client, name: str) -> None:
+    """The channel's state is told by a thread of its own, a moment later."""
+    end = time.monotonic() + 10
+    while caller.transport != name:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_when_grpc_goes_away_calls_go_over_http_and_come_back(made: Rig, service: Served) -> None:
     loop_of = service.server.servers[0].get_loop()
 
@@ -198,13 +206,10 @@ def test_when_grpc_goes_away_calls_go_over_http_and_come_back(made: Rig, service
         port = service.rpc.port
         on_server(service.rpc.stop())
         assert caller.call("risk.score", body(event(1))) == first
-        assert caller.transport == "http"
+        await_transport(caller, "http")
         again = RpcServer(made.app, "127.0.0.1", port, max_body_bytes=20_000)
         on_server(again.start())
-        end = time.monotonic() + 10
-        while caller.transport != "grpc":
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        await_transport(caller, "grpc")
         assert caller.call("risk.score", body(event(1))) == first
         on_server(again.stop())
 
