@@ -1,8 +1,8 @@
 """Drift and quality of a run: finds its champion's baseline and its newest decisions, and lets drift_report judge.
 
-As a program, ``python -m deepseek_ray.online.drift_run RUN VERSION < settings.json``, it prints the report as JSON: the
-service runs it in a process of its own (serving/drift_watch.py). It asks the registry and loads the model only where the
-version has no baseline yet; else neither MLflow nor torch is imported.
+As a program, ``python -m deepseek_ray.online.drift_run RUN VERSION < settings.json``, it prints the report as JSON, or
+null where nothing was served yet. The service runs it in a process of its own (serving/drift_watch.py). The registry is
+asked and the model loaded only where the version has no baseline yet; else neither MLflow nor torch is imported.
 """
 
 from __future__ import annotations
@@ -119,6 +119,9 @@ def main(argv: Sequence[str]) -> int:
     os.nice(_NICENESS)
     try:
         config, paths = Config.model_validate_json(sys.stdin.read()), RunPaths(Path(argv[0]))
+        if newest_us(paths) is None:
+            print("null")
+            return 0
         report = report_on(paths, config, argv[1], lambda version: _found(paths, config, version))
     except DeepseekRayError as error:
         print(f"error: {error}", file=sys.stderr)
