@@ -21,7 +21,8 @@ class StreamResult:
         name: "score", "error" or "label".
         num_values: live values looked at.
         changes: how often the mean changed within them.
-        since_us: event time from which on the newest mean holds; None without a change.
+        since_us: event time from which on the newest mean holds, to within one of ADWIN's buckets (an eighth of what it
+            has seen, or so); None without a change.
         before: mean before that change, the beginning of the stream included; the mean of all without one.
         after: mean since.
     """
