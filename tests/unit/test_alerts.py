@@ -16,6 +16,7 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from deepseek_ray.online.drift_report import judge_drift
+from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.monitor import Monitor
 from tests.unit.drift_rows import baseline, live, span
 from tests.unit.test_drift_report import CONFIG, NEWEST
@@ -26,7 +27,8 @@ BOARD = ROOT / "deploy" / "grafana" / "deepseek_ray.json"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 SUBJECTS = {
     "drift": "RiskFeatureDrift", "calibration": "RiskCalibration", "error rate": "RiskErrorRate",
-    "latency objective": "RiskLatencyObjective", "shed": "RiskOverload", "queue age": "RiskQueueStands",
+    "latency objective": "RiskLatencyObjective", "shed": "RiskShed", "overload": "RiskOverload",
+    "queue age": "RiskQueueAge",
     "refused versions": "RiskVersionRefused", "log disk full": "RiskLogDiskFull",
 }  # fmt: skip
 
@@ -48,6 +50,7 @@ def expressions() -> list[str]:
 def shown() -> dict[str, set[str]]:
     """Name of each series that the service shows -> its labels."""
     monitor = Monitor()
+    ArmMetrics(monitor.registry)
     found: dict[str, set[str]] = {}
     for family in monitor.registry.collect():
         collector = monitor.registry._names_to_collectors[family.name]
