@@ -90,16 +90,23 @@ def _rows(info: VersionInfo, paths: RunPaths, config: Config) -> tuple[RiskDatas
         train = _between(RiskDataset.load(file), first, last)
         if len(train):
             return train, _after(RiskDataset.load(paths.datasets / "holdout.safetensors"), last)
-    schema = info.schema
-    served = matured_rows(paths, schema.columns, schema.feature_digest, config.data.label_delay_days)
+    schema, elsewhere = info.schema, _elsewhere(info)
+    try:
+        served = matured_rows(paths, schema.columns, schema.feature_digest, config.data.label_delay_days)
+    except DataError as error:  # none is old enough: the version cannot have learned from them
+        raise elsewhere from error
     train = _between(served, first, last)
     if not len(train):
-        days = f"{info.tags['train_start']} to {info.tags['train_end']}"
-        raise DataError(
-            f"Version {info.version} was trained on {days}; the run holds no row of these days.",
-            fix="name the run that trained it with --run",
-        )
+        raise elsewhere
     return train, _after(served, last)
+
+
+def _elsewhere(info: VersionInfo) -> DataError:
+    days = f"{info.tags['train_start']} to {info.tags['train_end']}"
+    return DataError(
+        f"Version {info.version} was trained on {days}; the run holds no row of these days.",
+        fix="name the run that trained it with --run",
+    )
 
 
 def _between(rows: RiskDataset, first: int, last: int) -> RiskDataset:
