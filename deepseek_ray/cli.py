@@ -143,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_registry,
         _add_traffic,
         _add_compact,
+        _add_drift,
         _add_keys,
     ):
         add(verbs)
@@ -260,6 +261,16 @@ def _add_compact(verbs: Verbs) -> None:
     verb = verbs.add_parser("compact", help="move the prediction log into parquet")
     verb.add_argument("--prune", action="store_true", help="drop the vectors from the log that the parquet holds")
     _run_here(verb, "deepseek_ray.commands:compact")
+
+
+def _add_drift(verbs: Verbs) -> None:
+    text = "how far live decisions are from the training days; status 3 when a bound is passed"
+    verb = verbs.add_parser("drift", help=text, description=f"Print {text}. Bounds: the settings of the section drift.")
+    verb.add_argument("--days", type=float, help="newest days compared (default: drift.window_days)")
+    verb.add_argument("--limit", type=int, default=20, help="features to print (default: 20)")
+    verb.add_argument("--json", action="store_true", help="print everything as JSON")
+    verb.add_argument("--plot", type=Path, metavar="OUT.png", help="draw features, calibration and days")
+    _run_here(verb, "deepseek_ray.commands:drift")
 
 
 def _add_keys(verbs: Verbs) -> None:

@@ -15,6 +15,9 @@ from deepseek_ray.lineage import trace
 from deepseek_ray.online import gate
 from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, TrafficBook, TrafficMove, VersionInfo
 
+EXIT_ALARM = 3
+"""Exit status of ``drift`` when a bound is passed: 1 is a crash, 2 an error."""
+
 
 def explain(options: argparse.Namespace) -> int:
     """Print the lineage of a prediction."""
@@ -125,6 +128,23 @@ def compact(options: argparse.Namespace) -> int:
     predictions, labels = (sum(part.rows for part in parts) for parts in (manifest.predictions, manifest.feedback))
     print(f"{predictions} predictions and {labels} labels in {paths.prediction_archive}")
     return 0
+
+
+def drift(options: argparse.Namespace) -> int:
+    """Print drift and quality of the live decisions; status 3 when a bound of the section ``drift`` is passed."""
+    from deepseek_ray.online.drift_run import report_on  # statistics and plots that the other verbs do without
+    from deepseek_ray.report import drift_view
+
+    if options.days is not None:
+        options.overrides.append(f"drift.window_days={options.days}")
+    config, paths = settings_of(options)
+    registry = open_registry(options)
+    report = report_on(paths, config, registry.get(CHAMPION).version, registry.get)
+    plain = report.plain()
+    print(json.dumps(plain, indent=2) if options.json else "\n".join(drift_view.table(plain, options.limit)))
+    if options.plot:
+        drift_view.plot(plain, options.plot)
+    return EXIT_ALARM if report.alarms else 0
 
 
 def open_registry(options: argparse.Namespace) -> Registry:

@@ -149,6 +149,24 @@ class UpdaterConfig(Section):
         return self
 
 
+class DriftConfig(Section):
+    """What is watched of the live decisions, and from where on it is an alarm; see docs/updating.md."""
+
+    window_days: float = Field(1.0, gt=0, description="newest decisions whose features and scores are compared")
+    quality_days: int = Field(7, ge=1, description="newest whole days of matured decisions that quality is taken from")
+    max_rows: int = Field(20_000, ge=100, description="decisions with features looked at; more are thinned out evenly")
+    max_matured_rows: int = Field(500_000, ge=100, description="the same for matured decisions, which are small")
+    min_rows: int = Field(500, ge=1, description="decisions without which nothing is judged")
+    min_frauds: int = Field(20, ge=1, description="matured frauds without which no ranking is judged")
+    max_feature_psi: float = Field(0.25, gt=0, description="population stability index of a feature")
+    max_score_psi: float = Field(0.25, gt=0, description="the same of the scores, against the held-out days")
+    max_calibration_error: float = Field(0.02, gt=0, le=1, description="expected, of matured decisions")
+    max_precision_drop: float = Field(
+        0.25, gt=0, lt=1, description="relative loss of average precision against the held-out days"
+    )
+    adwin_delta: float = Field(0.002, gt=0, lt=1, description="of ADWIN: chance of a false change")
+
+
 class ServingConfig(Section):
     """HTTP service. The API key comes from the environment, never from here."""
 
@@ -176,6 +194,7 @@ class ServingConfig(Section):
     max_future_skew_s: float = Field(300.0, ge=0)
     poll_registry_s: float = Field(2.0, gt=0)
     compact_every_s: float = Field(3_600.0, ge=0, description="how often the log is moved into parquet; 0: never")
+    drift_every_s: float = Field(300.0, ge=0, description="how often drift and quality are computed; 0: never")
     threshold_policy: Literal["alert_rate", "cost"] = Field(
         "alert_rate",
         description="review as many as people can, or wherever a review costs less than the fraud it stops",
@@ -216,6 +235,7 @@ class Config(Section):
     gate: GateConfig = Field(default_factory=GateConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
     updater: UpdaterConfig = Field(default_factory=UpdaterConfig)
+    drift: DriftConfig = Field(default_factory=DriftConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)
     stores: StoreConfig = Field(default_factory=StoreConfig)
 

@@ -106,6 +106,11 @@ class RunPaths:
         return self.root / "updater"
 
     @property
+    def baselines(self) -> Path:
+        """What each version knew before it served: one file a version, which drift is measured against."""
+        return self.root / "baselines"
+
+    @property
     def results(self) -> Path:
         """Results of the stages, one JSON file each, read by the report."""
         return self.root / "results"

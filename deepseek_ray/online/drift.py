@@ -1,6 +1,7 @@
 """Drift: has the input moved, have the scores moved?
 
-Population stability index and Kolmogorov-Smirnov compare values with a reference.
+Population stability index, Jensen-Shannon distance and Kolmogorov-Smirnov compare values with a reference. The index
+has customary bounds and no upper end; the distance lies in [0, 1] and tells features apart that have all moved far.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
 
 from deepseek_ray.errors import DataError
@@ -59,6 +61,8 @@ class DriftResult:
     Args:
         name: feature, or "score".
         psi: population stability index, >= 0.
+        js: Jensen-Shannon distance over the reference's bins, 0-1 (square root of the divergence in bits; Lin 1991,
+            "Divergence measures based on the Shannon entropy").
         ks: largest distance between the distribution functions, 0-1.
         p_value: of the Kolmogorov-Smirnov test.
         num_rows: values compared.
@@ -66,6 +70,7 @@ class DriftResult:
 
     name: str
     psi: float
+    js: float
     ks: float
     p_value: float
     num_rows: int
@@ -89,15 +94,31 @@ def psi(reference: Reference, values: npt.ArrayLike) -> float:
     return float(np.sum((now - then) * np.log(now / then)))
 
 
+def js_distance(reference: Reference, values: npt.ArrayLike) -> float:
+    """Jensen-Shannon distance to base 2 between the shares of the reference's bins, then and now.
+
+    Raises:
+        DataError: there are no values, or one is NaN or infinite.
+    """
+    return float(jensenshannon(_shares(_checked(reference.name, values), reference.edges), reference.shares, base=2))
+
+
 def compare(reference: Reference, values: npt.ArrayLike) -> DriftResult:
-    """Index and test of live values [n] against the reference.
+    """Index, distance and test of live values [n] against the reference.
 
     Raises:
         DataError: there are no values, or one is NaN or infinite.
     """
     clean = _checked(reference.name, values)
     test = ks_2samp(reference.sample, clean, method="asymp")
-    return DriftResult(reference.name, psi(reference, clean), float(test.statistic), float(test.pvalue), clean.size)
+    return DriftResult(
+        name=reference.name,
+        psi=psi(reference, clean),
+        js=js_distance(reference, clean),
+        ks=float(test.statistic),
+        p_value=float(test.pvalue),
+        num_rows=clean.size,
+    )
 
 
 def compare_all(references: Sequence[Reference], columns: Mapping[str, npt.ArrayLike]) -> list[DriftResult]:

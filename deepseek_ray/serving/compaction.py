@@ -1,16 +1,13 @@
 """Compaction on a schedule: every so often the prediction log is moved into parquet, by a process of its own.
 
-A process and not a thread: turning rows into parquet holds the interpreter for longer than a request may take. It only
-reads the log; what it has moved is dropped by the log's one writer, so that no request waits for a lock. As a program
-it is ``python -m deepseek_ray.serving.compaction RUN``.
+It only reads the log; what it has moved is dropped by the log's one writer, so that no request waits for a lock. As a
+program it is ``python -m deepseek_ray.serving.compaction RUN``.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,19 +15,19 @@ from deepseek_ray.data.prediction_archive import compact, read_manifest
 from deepseek_ray.errors import DeepseekRayError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.serving.background import BackgroundProgram
 
 logger = get_logger(__name__)
 
 _NICENESS = 10
-_POLL_S = 0.2
 
 
-class Compactor:
-    """Compacts a run's log in the background; one that fails is told in the log and tried again the next time.
+class Compactor(BackgroundProgram):
+    """Compacts a run's log in the background; one that is cut short is taken up by the next.
 
     Args:
         paths: the run.
-        every_s: seconds between the end of one compaction and the start of the next; 0 never starts any.
+        every_s: see ``BackgroundProgram``.
         archived: told the last row number that the archive holds, after each.
         program: what to run, for tests.
     """
@@ -43,46 +40,18 @@ class Compactor:
         *,
         program: Sequence[str] = ("-m", __name__),
     ) -> None:
+        super().__init__("compaction", every_s, logger)
         self._paths = paths
         self._archived = archived
-        self._command = [sys.executable, *program, str(paths.root)]
-        self._every_s = every_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="compactor", daemon=True)
+        self._program = program
 
-    def start(self) -> None:
-        """Begin to wait for the first one."""
-        if self._every_s > 0:
-            self._thread.start()
+    def arguments(self) -> Sequence[str]:
+        """The program and the run folder."""
+        return [*self._program, str(self._paths.root)]
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Stop; a compaction under way is cut short, and the next one takes up what it left."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
-            try:
-                self._compact()
-            except (OSError, DeepseekRayError):
-                logger.exception("compaction failed, trying again in %g s", self._every_s)
-
-    def _compact(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with subprocess.Popen(self._command, env=environment, stderr=subprocess.PIPE, text=True) as child:
-            while True:
-                try:
-                    said = child.communicate(timeout=_POLL_S)[1]
-                    break
-                except subprocess.TimeoutExpired:
-                    if self._stop.is_set():
-                        child.terminate()
-        if not child.returncode:
-            self._archived(read_manifest(self._paths.prediction_archive).last("predictions"))
-        elif not self._stop.is_set():
-            last = said.strip().splitlines()[-1:] or [f"status {child.returncode}"]
-            logger.error("compaction failed, trying again in %g s: %s", self._every_s, last[0])
+    def done(self, said: str) -> None:
+        """Tell how far the archive reaches now."""
+        self._archived(read_manifest(self._paths.prediction_archive).last("predictions"))
 
 
 def main(argv: Sequence[str]) -> int:

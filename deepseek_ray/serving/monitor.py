@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deepseek_ray.serving.batch_queue import BatchQueue
+from deepseek_ray.serving.drift_gauges import DriftGauges
 
 _LATENCY_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _STAGE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
@@ -95,6 +98,12 @@ class Monitor(HttpMonitor):
         self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
         self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
         self.unlogged = self._gauge("log_write_failures", "1 while the prediction log cannot be written.")
+        self._disk = self._gauge("log_disk_free_bytes", "Room left on the disk that holds the prediction log.")
+        self.drift = DriftGauges(self.registry)
+
+    def watch_disk(self, folder: Path) -> None:
+        """Read the room left on a folder's disk whenever the metrics are read."""
+        self._disk.set_function(lambda: shutil.disk_usage(folder).free)
 
     def show_model(self, name: str, version: str, run_id: str, threshold: float) -> None:
         """Name the version that serves from now on."""

@@ -25,12 +25,14 @@ from deepseek_ray.serving import handover
 from deepseek_ray.serving.app import RiskApp, Service
 from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.auth import Keyring
+from deepseek_ray.serving.background import BackgroundProgram
 from deepseek_ray.serving.batch_control import BatchControl
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.champion import InputContract, contract_of, to_live, warm_up
 from deepseek_ray.serving.commands import Command, LiveModel, Result, TaskCommand
 from deepseek_ray.serving.compaction import Compactor
 from deepseek_ray.serving.deadline import Patience
+from deepseek_ray.serving.drift_watch import DriftWatch
 from deepseek_ray.serving.keys import file_of
 from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
@@ -120,23 +122,27 @@ class RiskService:
         self.monitor.watch_queue(self.batcher.queue)
         self._accompany(find, contract, config)
         self.compactor = Compactor(paths, config.compact_every_s, self._archived)
+        self.companions: list[BackgroundProgram] = [self.compactor]
+        self.monitor.watch_disk(paths.root)
         keys = file_of(paths.root, config.api_keys_file)
         keyring = Keyring(key, keys, rate=config.rate_per_key, burst_s=config.rate_burst_s)
         self.app = RiskApp(self._service(config), keyring)
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
     def start(self) -> None:
-        """Follow the registry, judge the arms, and compact the log on its schedule."""
+        """Follow the registry, judge the arms, and start what runs on a schedule."""
         self.watcher.start()
         self.rollout.start()
-        self.compactor.start()
+        for program in self.companions:
+            program.start()
 
     def close(self) -> None:
         """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
         self._closing.set()
         self.watcher.close()
         self.rollout.close()
-        self.compactor.close()
+        for program in self.companions:
+            program.close()
         self.batcher.close()
         self.shadow.close()
         self.predictor.close()
@@ -258,6 +264,8 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     service = RiskService(
         paths, registry, store, store.declaration(), config.serving, key, online_store=config.stores.online_store
     )
+    drift = service.monitor.drift
+    service.companions.append(DriftWatch(paths, config.model_dump(), lambda: service.predictor.live.version, drift))
     service.start()
     serving = config.serving
     attach(service.app, serving)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -14,16 +15,18 @@ import httpx
 import pytest
 
 from deepseek_ray.cli import main
-from deepseek_ray.config import ModelConfig, ServingConfig
+from deepseek_ray.config import Config, ModelConfig, ServingConfig
 from deepseek_ray.data.batch_engine import compute
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_archive import read_predictions
+from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.verify import verify_run
 from deepseek_ray.data.windows import load
 from deepseek_ray.errors import RegistryUnavailableError
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
-from deepseek_ray.serving.service import REHEARSAL, Reopening, RiskService
+from deepseek_ray.serving import drift_watch
+from deepseek_ray.serving.service import REHEARSAL, Reopening, RiskService, open_app
 from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run, register_version
 from tests.unit.test_prediction_log import row
 
@@ -187,3 +190,21 @@ def test_a_start_with_another_vector_takes_over_all_that_was_served(run: ServedR
     assert ({answer["model_version"] for answer in answers}, model["model_version"]) == ({version}, version)
     assert all("card" not in answer["cold"] for answer in answers)
     assert differences(run, "wide") == (40, 0)
+
+
+@pytest.mark.slow
+def test_drift_is_reported_without_being_asked(run: ServedRun, caplog: pytest.LogCaptureFixture) -> None:
+    """The run holds no training rows: that the report says so shows that it was made, and from these settings."""
+    with closing(PredictionLog(run.paths.prediction_log)) as log:
+        log.commit([row(1), row(2)])
+    settings = Config(serving=ServingConfig(drift_every_s=0.1)).model_dump()
+    drift_watch.logger.addHandler(caplog.handler)
+    app = open_app(str(run.paths.root), settings, KEY)
+    try:
+        give_up = time.monotonic() + 60
+        while "the report on drift failed, trying again in 0.1 s: error: Version 1 was trained on" not in caplog.text:
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+    finally:
+        drift_watch.logger.removeHandler(caplog.handler)
+        app._service.shutdown()

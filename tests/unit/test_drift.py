@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
 
 from deepseek_ray.errors import DataError
-from deepseek_ray.online.drift import Reference, compare, compare_all, psi
+from deepseek_ray.online.drift import Reference, compare, compare_all, js_distance, psi
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=20_000)
@@ -75,3 +76,16 @@ def test_columns_come_most_moved_first() -> None:
     references = [Reference.fit("still", NORMAL), Reference.fit("moved", NORMAL)]
     results = compare_all(references, {"still": NORMAL[:2000], "moved": NORMAL[:2000] + 2})
     assert [result.name for result in results] == ["moved", "still"]
+
+
+def test_the_distance_is_none_against_itself_and_one_where_nothing_is_shared() -> None:
+    fitted = Reference.fit("x", [0.0] * 50 + [1.0] * 50, num_bins=2)
+    assert js_distance(fitted, [0.0, 1.0]) == 0.0
+    assert js_distance(fitted, [0.0]) == pytest.approx(jensenshannon([0.5, 0.5], [1.0, 0.0], base=2))
+    assert js_distance(Reference.fit("flag", [0.0] * 100), [1.0] * 100) == 1.0
+
+
+@given(VALUES, VALUES)
+@settings(max_examples=30, deadline=None)
+def test_the_distance_stays_in_its_range(reference: list[float], values: list[float]) -> None:
+    assert 0.0 <= js_distance(Reference.fit("x", reference), values) <= 1.0
