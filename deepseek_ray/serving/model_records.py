@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -29,9 +30,9 @@ class Batch:
         """The rows of several batches, in their order."""
         if len(batches) == 1:
             return batches[0]
-        names = batches[0].columns
-        columns = {name: [value for batch in batches for value in batch.columns[name]] for name in names}
-        return cls(columns, sum(batch.num_rows for batch in batches))
+        parts = zip(*(batch.columns.values() for batch in batches), strict=True)
+        values = (list(chain.from_iterable(of_a_column)) for of_a_column in parts)
+        return cls(dict(zip(batches[0].columns, values, strict=True)), sum(batch.num_rows for batch in batches))
 
 
 class Records:
@@ -43,7 +44,7 @@ class Records:
     """
 
     def __init__(self, columns: Sequence[Column], max_rows: int) -> None:
-        self._names = {f"c{number}": column.name for number, column in enumerate(columns)}
+        self._names = [column.name for column in columns]
         self._max_rows = max_rows
         fields: dict[str, Any] = {f"c{number}": _field(column) for number, column in enumerate(columns)}
         settings = ConfigDict(extra="forbid", strict=True, title="Record")
@@ -79,8 +80,8 @@ class Records:
             records: list[BaseModel] = self._many.validate_python(rows)
         except ValidationError as error:
             raise FieldErrors(field_errors(error, "records")) from None
-        columns = {name: [getattr(record, key) for record in records] for key, name in self._names.items()}
-        return Batch(columns, len(records))
+        values = zip(*(record.__dict__.values() for record in records), strict=True)  # in the order of the fields
+        return Batch(dict(zip(self._names, map(list, values), strict=True)), len(records))
 
     def _rows(self, columns: Any) -> list[dict[str, Any]]:
         lists = _lists(columns)

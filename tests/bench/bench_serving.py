@@ -26,8 +26,8 @@ from tests.bench.serving.load import KEY_VARIABLE, start_trace, throughput
 from tests.bench.serving.peers import PEERS, make
 from tests.bench.serving.providers import Provider, ours
 
-FLOOR, BARE, WHOLE, BATCHED, PLAIN = (
-    "floor", "deepseek_ray, model only", "deepseek_ray, features and log", "Ray Serve, @serve.batch", "Ray Serve",
+FLOOR, BARE, WHOLE, BATCHED = (
+    "floor", "deepseek_ray, model only", "deepseek_ray, features and log", "Ray Serve, @serve.batch",
 )  # fmt: skip
 PARTS = ("throughput", "steady", "swap", "step")
 OBJECTIVE_MS = 50.0
@@ -52,8 +52,8 @@ def main() -> int:
 
 
 def _quick(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, object]]]:
-    run, model, file = _make_run(folder)
-    known = {provider.name: provider for provider in ours(run, model, file)}
+    run, model, file, records = _make_run(folder)
+    known = {provider.name: provider for provider in ours(run, model, file, records)}
     chosen = [known[name] for name in (FLOOR, BARE, WHOLE, BATCHED)]
     with _running(chosen, folder):
         rounds = _rounds(chosen, options.rounds, 1.0)
@@ -62,8 +62,8 @@ def _quick(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float],
 
 
 def _full(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, object]]]:
-    run, model, file = _make_run(folder)
-    chosen = ours(run, model, file) + _peers(options.peers, model, file)
+    run, model, file, records = _make_run(folder)
+    chosen = ours(run, model, file, records) + _peers(options.peers, model, file)
     known = {provider.name: provider for provider in chosen}
     figures: dict[str, float] = {}
     rows: list[dict[str, object]] = []
@@ -181,11 +181,12 @@ def _running(providers: Sequence[Provider], folder: Path) -> Iterator[list[Provi
             provider.stop()
 
 
-def _make_run(folder: Path) -> tuple[Path, Path, Path]:
-    """A run with two registered versions, the first one's files, and one row of its inputs as JSON."""
+def _make_run(folder: Path) -> tuple[Path, Path, Path, Path]:
+    """A run with two registered versions, the first one's files, and one row of its inputs: arrays, named columns."""
     from deepseek_ray.config import ModelConfig
     from deepseek_ray.data import windows
     from deepseek_ray.data.batch_engine import compute
+    from deepseek_ray.registry.pyfunc import SEQUENCE_COLUMN
     from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, add_version, make_run
 
     shape = ModelConfig(d_model=16, num_layers=1, num_heads=2, d_expert=16, num_bins=4)
@@ -196,7 +197,10 @@ def _make_run(folder: Path) -> tuple[Path, Path, Path]:
     file = folder / "row.json"
     line = {"features": features.values[-1].tolist(), "sequence": features.sequence[-1].tolist()}
     file.write_text(json.dumps(line), encoding="utf-8")
-    return folder / "run", folder / "run" / "model-0", file
+    records = folder / "records.json"
+    named = dict(zip(spec.names, line["features"], strict=True)) | {SEQUENCE_COLUMN: line["sequence"]}
+    records.write_text(json.dumps({"records": [named]}), encoding="utf-8")
+    return folder / "run", folder / "run" / "model-0", file, records
 
 
 def _draw(rows: Sequence[dict[str, object]], target: Path) -> None:

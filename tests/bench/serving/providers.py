@@ -113,15 +113,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ours(run: Path, model: Path, row: Path) -> list[Provider]:
-    """The floor, our path without and with features and log, and Ray Serve as its quick start shows it."""
+def ours(run: Path, model: Path, row: Path, records: Path) -> list[Provider]:
+    """The floor, our path with less and more around it, and Ray Serve as its quick start shows it.
+
+    Args:
+        run: with a champion and a second version.
+        model: the champion's files.
+        row: JSON of one row as arrays.
+        records: the same as a request with named columns.
+    """
     vector, here = f"vector:{row}", [sys.executable, "-m"]
     bench = "tests.bench.serving"
     plain = [*here, f"{bench}.plain", str(model), "{port}"]
     risk = [*here, "serve_apps.risk", "--run", str(run), "--port", "{port}", "--set", "serving.poll_registry_s=0.2"]
+    served = [*here, "serve_apps.model", str(model), "--name", "scorer", "--port", "{port}", "--rpc-port", "-1"]
     return [
         Provider("floor", [*here, f"{bench}.floor", str(model), "{port}"], "/", vector),
         Provider("deepseek_ray, model only", [*here, f"{bench}.vector_app", str(model), "{port}"], "/v1/score", vector),
+        Provider("deepseek-ray serve FOLDER", served, "/v1/models/scorer/predict", f"vector:{records}"),
         Provider("deepseek_ray, features and log", risk, "/v1/risk/score", "transaction"),
         Provider("Ray Serve, @serve.batch", [*plain, "--batch"], "/", vector, least_s=3.0),
         Provider("Ray Serve", plain, "/", vector, least_s=5.0),
