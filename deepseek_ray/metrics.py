@@ -6,6 +6,7 @@ order counts. A figure that is not defined, for want of one of the classes, is N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,25 @@ def recall_at_fpr(label: ArrayLike, probability: ArrayLike, fpr: float = 0.01) -
         return float("nan")
     false_rate, true_rate, _ = roc_curve(label, probability, drop_intermediate=False)
     return float(true_rate[false_rate <= fpr].max())
+
+
+def false_positives_at_recall(label: ArrayLike, probability: ArrayLike, recall: float) -> int:
+    """Fewest genuine rows at or above a threshold at which at least this share of the frauds is.
+
+    Args:
+        label: 0 or 1, both present.
+        probability: any monotone score.
+        recall: in (0, 1].
+
+    Raises:
+        ValueError: a class is missing or the recall is not in (0, 1].
+    """
+    if not _both(label) or not 0 < recall <= 1:
+        raise ValueError(f"recall={recall!r} must be in (0, 1], and both classes present")
+    y, p = np.asarray(label), np.asarray(probability, dtype=np.float64)
+    fraud = np.sort(p[y == 1])[::-1]
+    needed = math.ceil(recall * len(fraud) - 1e-9)  # 0.7 * 10 is a little more than 7
+    return int((p[y == 0] >= fraud[needed - 1]).sum())
 
 
 def cp100(

@@ -6,6 +6,7 @@ chapter 5 (validation methodologies). Days are UTC days of ``event_time``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 
@@ -13,7 +14,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from deepseek_ray.data import batch_engine, windows
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.periods import to_dataset
 from deepseek_ray.errors import DataError
+from deepseek_ray.logs import get_logger
+
+log = get_logger(__name__)
 
 COMPROMISE_DAYS = 28
 """A compromised terminal of the published generator stays so for 28 days."""
@@ -31,6 +38,29 @@ class Split:
 def day_numbers(table: pl.DataFrame) -> NDArray[np.int64]:
     """Days since 1970-01-01 (UTC) of each row, int64 [n]."""
     return table["event_time"].dt.date().cast(pl.Int32).to_numpy().astype(np.int64)
+
+
+def day_number(day: date) -> int:
+    """Days since 1970-01-01."""
+    return (day - date(1970, 1, 1)).days
+
+
+def datasets(
+    table: pl.DataFrame, vector: str, parts: Sequence[NDArray[np.int64]], *, delay_days: float, sequence_len: int
+) -> list[RiskDataset]:
+    """Features of some rows, computed once over the whole table.
+
+    Args:
+        table: transactions table; all history that may matter.
+        vector: name in features/windows.yaml.
+        parts: row numbers of each wanted dataset.
+        delay_days: a label counts in no feature before so many days after its event.
+        sequence_len: earlier events of the card a row gets.
+    """
+    spec = windows.load().vector(vector)
+    log.info("computing %d features of %d transactions, label delay %g days", len(spec.names), len(table), delay_days)
+    vectors = batch_engine.compute(table, spec, label_delay_days=delay_days, sequence_len=sequence_len)
+    return [to_dataset(vectors.take(part), table) for part in parts]
 
 
 def split(
@@ -61,7 +91,7 @@ def split(
         DataError: a period holds no rows or the test period starts before the train labels are known.
     """
     day = day_numbers(table)
-    first, test = _number(train_start), _number(test_start)
+    first, test = day_number(train_start), day_number(test_start)
     last = first + train_days - 1
     if test <= last + delay_days:
         raise DataError(
@@ -75,10 +105,6 @@ def split(
         if not len(part):
             raise DataError(f"The {name} period holds no transactions.", fix="choose days inside the data")
     return Split(train, history, rows)
-
-
-def _number(day: date) -> int:
-    return (day - date(1970, 1, 1)).days
 
 
 def _without_known(
@@ -102,7 +128,8 @@ def knowable(table: pl.DataFrame, rows: NDArray[np.int64], *, delay_days: float)
     """1 for each fraud of the published generator that anything known at its time can reveal, else 0; [len(rows)].
 
     Scenario 1 shows in the amount and scenario 3 in the card's amounts; scenario 2 (a compromised terminal) only
-    after a fraud of the same 28 days has been labelled. Scoring with this vector gives the ceiling of any model.
+    after a fraud of the same 28 days has been labelled. Scoring with this vector gives the ceiling of any model: what
+    is knowable stands first, and all other rows are tied.
     """
     scenario = table["fraud_scenario"].to_numpy()
     seen = (
@@ -114,7 +141,7 @@ def knowable(table: pl.DataFrame, rows: NDArray[np.int64], *, delay_days: float)
     pairs = chosen.join(seen.select("terminal_id", pl.col("us").alias("earlier")), on="terminal_id")
     day_us = 86_400_000_000
     known = pairs.filter(
-        (pl.col("earlier") <= pl.col("us") - round(delay_days * day_us))
+        (pl.col("earlier") <= pl.col("us") - max(round(delay_days * day_us), 1))  # never by its own label
         & (pl.col("earlier") > pl.col("us") - COMPROMISE_DAYS * day_us)
     )["row"].unique()
     terminal = np.isin(rows, known.to_numpy())

@@ -19,6 +19,7 @@ import polars as pl
 from scipy.spatial import cKDTree
 
 from deepseek_ray.config import DataConfig
+from deepseek_ray.data.attacks import bursts, draw_daily, since_burst_us
 from deepseek_ray.data.events import to_us
 from deepseek_ray.data.fraud_patterns import FraudPattern, drift_preset
 from deepseek_ray.data.table import UNKNOWN, US_PER_DAY, to_table
@@ -221,11 +222,11 @@ def _add_frauds(rows: Rows, world: World, num_days: int, rng: np.random.Generato
     scenario = np.where(amount > LARGE_AMOUNT_CENTS, 1, 0)
     terminals_a_day = TERMINALS_A_DAY * world.num_terminals / PUBLISHED_TERMINALS
     by_terminal = _DaySlices(rows.terminal, rows.day, num_days)
-    for day, terminal in _draw_daily(terminals_a_day, num_days, world.num_terminals, rng):
+    for day, terminal in draw_daily(terminals_a_day, num_days, world.num_terminals, rng):
         scenario[by_terminal.rows(terminal, day, TERMINAL_FRAUD_DAYS)] = 2
     customers_a_day = CUSTOMERS_A_DAY * world.num_customers / PUBLISHED_CUSTOMERS
     by_card = _DaySlices(rows.card, rows.day, num_days)
-    for day, card in _draw_daily(customers_a_day, num_days, world.num_customers, rng):
+    for day, card in draw_daily(customers_a_day, num_days, world.num_customers, rng):
         candidates = by_card.rows(card, day, CUSTOMER_FRAUD_DAYS)
         hit = rng.choice(candidates, len(candidates) // 3, replace=False) if len(candidates) else candidates
         amount[hit] *= CUSTOMER_FRAUD_FACTOR
@@ -247,16 +248,6 @@ class _DaySlices:
         last = key * self.num_days + min(day + length, self.num_days)
         low, high = np.searchsorted(self.position, [first, last])
         return self.order[low:high]
-
-
-def _draw_daily(expected: float, num_days: int, population: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(day, member) pairs: ``expected`` different members a day; a fraction is spread evenly, from day 0 on."""
-    total = np.ceil(np.arange(num_days + 1) * expected - 1e-9).astype(np.int64)
-    drawn: list[tuple[int, int]] = []
-    for day, count in enumerate(np.diff(total)):
-        members = rng.choice(population, min(int(count), population), replace=False)
-        drawn.extend((day, int(member)) for member in members)
-    return drawn
 
 
 def _add_habits(rows: Rows, world: World, rng: np.random.Generator) -> Rows:
@@ -304,12 +295,12 @@ def _attack(
     begin = drift_day + pattern.start_day
     length = max(0, min(num_days - begin, pattern.num_days if pattern.num_days is not None else num_days))
     cards_a_day = pattern.cards_a_day * world.num_customers / 1_000
-    drawn = np.array(_draw_daily(cards_a_day, length, world.num_customers, rng), dtype=np.int64).reshape(-1, 2)
-    attack, burst_us = _bursts(pattern, drawn[:, 0] + begin, rng)
+    drawn = np.array(draw_daily(cards_a_day, length, world.num_customers, rng), dtype=np.int64).reshape(-1, 2)
+    attack, burst_us = bursts(pattern, drawn[:, 0] + begin, rng)
     card = drawn[:, 1][attack]
     num_events = rng.integers(*pattern.num_events, len(card))
     burst = np.repeat(np.arange(len(card)), num_events)
-    time_us = burst_us[burst] + _since_burst_us(burst, num_events, pattern.gap_s, rng)
+    time_us = burst_us[burst] + since_burst_us(burst, num_events, pattern.gap_s, rng)
     attack, card = attack[burst], card[burst]
     terminal = rng.choice(_targets(pattern, world), len(card))
     low, high = np.log(pattern.amount_factor)
@@ -321,22 +312,6 @@ def _attack(
         card, terminal, day, time_us % US_PER_DAY, amount, np.full(len(card), pattern.scenario), device, country
     )
     return _take(rows, day < num_days)
-
-
-def _bursts(pattern: FraudPattern, day: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """For each burst the number of its attack and its start in microseconds since day 0."""
-    num_bursts = rng.integers(*pattern.num_bursts, len(day))
-    attack = np.repeat(np.arange(len(day)), num_bursts)
-    later = np.arange(len(attack)) - np.repeat(np.cumsum(num_bursts) - num_bursts, num_bursts)
-    hour = rng.uniform(*pattern.start_hour, len(attack))
-    return attack, (day[attack] + later) * US_PER_DAY + (hour * 3_600_000).astype(np.int64) * 1_000
-
-
-def _since_burst_us(burst: Ints, num_events: Ints, gap_s: tuple[float, float], rng: np.random.Generator) -> Ints:
-    gap_us = (rng.uniform(*gap_s, len(burst)) * 1_000).astype(np.int64) * 1_000
-    total = np.cumsum(gap_us)
-    first = np.cumsum(num_events) - num_events
-    return total - total[first][burst] if len(burst) else gap_us
 
 
 def _targets(pattern: FraudPattern, world: World) -> Ints:

@@ -28,6 +28,21 @@ def test_recall_at_a_false_alarm_rate() -> None:
     assert metrics.recall_at_fpr(label, score, fpr=0.0) == 0.5
 
 
+def test_false_positives_at_a_recall_by_hand() -> None:
+    label = [1, 0, 1, 0, 0, 1]
+    score = [0.9, 0.8, 0.7, 0.6, 0.5, 0.1]
+    assert [metrics.false_positives_at_recall(label, score, part / 3) for part in (1, 2, 3)] == [0, 1, 3]
+    assert metrics.false_positives_at_recall(label, score, 0.4) == 1  # two frauds are needed for it
+    assert metrics.false_positives_at_recall([1] * 10 + [0], [0.5] * 10 + [0.4], 0.7) == 0
+    assert metrics.false_positives_at_recall([1, 0], [0.5, 0.5], 1.0) == 1  # a tie is no better than a false alarm
+
+
+@pytest.mark.parametrize(("label", "recall"), [([1, 1], 0.5), ([0, 0], 0.5), ([0, 1], 0.0), ([0, 1], 1.1)])
+def test_false_positives_need_both_classes_and_a_recall_that_exists(label: list[int], recall: float) -> None:
+    with pytest.raises(ValueError, match="recall="):
+        metrics.false_positives_at_recall(label, [0.1, 0.2], recall)
+
+
 def test_card_precision_takes_the_best_score_of_a_card_and_removes_what_was_found() -> None:
     #        day 0              day 1
     card = ["a", "a", "b", "c", "a", "b", "c"]

@@ -10,9 +10,8 @@ import polars as pl
 import pytest
 
 from deepseek_ray import metrics
-from deepseek_ray.data import batch_engine, handbook, protocol, windows
+from deepseek_ray.data import handbook, protocol
 from deepseek_ray.data.datasets import RiskDataset
-from deepseek_ray.data.periods import to_dataset
 from deepseek_ray.data.table import to_table
 from deepseek_ray.errors import DataError
 from deepseek_ray.train.yardsticks import fit_lightgbm_published, fit_logistic
@@ -98,6 +97,11 @@ def test_the_other_kinds_of_fraud_are_knowable_and_genuine_payments_are_not_frau
     assert protocol.knowable(table, np.array([2, 0, 1]), delay_days=2).tolist() == [0, 1, 1]
 
 
+def test_without_a_delay_a_fraud_still_does_not_reveal_itself() -> None:
+    table = payments((0, "a", "t", 2), (1, "b", "t", 2))
+    assert protocol.knowable(table, np.arange(2), delay_days=0).tolist() == [0, 1]
+
+
 needs_handbook = pytest.mark.skipif(
     "DEEPSEEK_RAY_HANDBOOK" not in os.environ, reason="DEEPSEEK_RAY_HANDBOOK names no folder"
 )
@@ -109,8 +113,8 @@ def published_rows(vector: str, first: date, history_days: int) -> tuple[RiskDat
     table = table.filter(pl.col("event_time").dt.date().is_between(first, date(2018, 8, 14)))
     days = {"train_days": 7, "delay_days": 7, "test_days": 7, "history_days": history_days}
     rows = protocol.split(table, train_start=date(2018, 7, 25), test_start=date(2018, 8, 8), **days)
-    vectors = batch_engine.compute(table, windows.load().vector(vector), label_delay_days=7, sequence_len=0)
-    week, history, test = (to_dataset(vectors.take(part), table) for part in (rows.train, rows.history, rows.test))
+    parts = [rows.train, rows.history, rows.test]
+    week, history, test = protocol.datasets(table, vector, parts, delay_days=7, sequence_len=0)
     return week, history, test
 
 
@@ -131,3 +135,32 @@ def test_the_figure_of_a_hundred_days_with_card_history_comes_back() -> None:
     _, train, test = published_rows("handbook_history", date(2018, 4, 1), history_days=100)
     score = fit_lightgbm_published(train).predict_proba(test.features)
     assert metrics.average_precision(test.label, score) == pytest.approx(0.726, abs=0.01)
+
+
+@needs_handbook
+def test_the_ceilings_of_the_protocols_test_weeks_come_back() -> None:
+    table = handbook.read(os.environ["DEEPSEEK_RAY_HANDBOOK"], label_delay_days=7)
+    found = []
+    for number in range(4):
+        later = timedelta(days=7 * number)
+        rows = protocol.split(
+            table, train_start=date(2018, 7, 25) + later, test_start=date(2018, 8, 8) + later,
+            train_days=7, delay_days=7, test_days=7, history_days=7,
+        )  # fmt: skip
+        known = protocol.knowable(table, rows.test, delay_days=7)
+        found.append(metrics.recall_at_fpr(table["is_fraud"].to_numpy()[rows.test], known))
+    assert found == pytest.approx([0.784, 0.760, 0.799, 0.746], abs=0.001)
+
+
+@needs_handbook
+@pytest.mark.parametrize(("delay", "recall"), [(0, 0.976), (1, 0.953), (3, 0.910), (7, 0.825), (14, 0.673)])
+def test_the_ceilings_by_label_delay_come_back(delay: int, recall: float) -> None:
+    table = handbook.read(os.environ["DEEPSEEK_RAY_HANDBOOK"], label_delay_days=delay)
+    day = protocol.day_numbers(table)
+    first = day.max() - 18 * 7 + 1  # the last 18 weeks, with all cards
+    found = []
+    for start in range(first, day.max(), 7):
+        rows = np.flatnonzero((day >= start) & (day < start + 7))
+        known = protocol.knowable(table, rows, delay_days=delay)
+        found.append(metrics.recall_at_fpr(table["is_fraud"].to_numpy()[rows], known))
+    assert np.mean(found) == pytest.approx(recall, abs=0.0025)
