@@ -90,7 +90,8 @@ def _payments(
     burst = np.repeat(np.arange(len(attack)), num_events)
     time_us = start_us[burst] + since_burst_us(burst, num_events, pattern.gap_s, rng)
     card = drawn[:, 1][attack][burst]
-    factor = np.exp(rng.uniform(*np.log(pattern.amount_factor), len(card)))
+    low, high = np.log(pattern.amount_factor)
+    factor = np.exp(rng.uniform(low, high, len(card)))
     amount = np.maximum(np.rint(cards["amount_cents"].to_numpy()[card] * factor), 1).astype(np.int64)
     frame = pl.DataFrame(
         {

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if not options.data:
         raise ConfigError("There is no data folder.", fix="give --data DIR with handbook-shaped parquet")
+    if options.delay_days is None:
+        options.delay_days = 1 if options.experiment == "new-pattern" else 7
     config = load_preset(options.preset, overrides=[*options.overrides, f"seed={options.seed}"])
     torch.set_num_threads(config.train.threads_per_worker)
     experiment, start = EXPERIMENTS[options.experiment], time.perf_counter()
@@ -68,12 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="write every figure here")
     add("--train-start", type=date.fromisoformat, default=date(2018, 7, 25))
     add("--train-days", type=_count, default=7)
-    add(
-        "--delay-days",
-        type=partial(_count, least=0),
-        default=7,
-        help="until a label is known; 'delay' compares 7 with 1",
-    )
+    add("--delay-days", type=partial(_count, least=0), help="of labels: 7; 'new-pattern' 1; 'delay' compares both")
     add("--test-start", type=date.fromisoformat, default=date(2018, 8, 8))
     add("--test-days", type=_count, default=7)
     add("--weeks", type=_count, default=4, help="test weeks of the experiments that walk forward")

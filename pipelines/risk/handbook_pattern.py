@@ -58,9 +58,9 @@ def run(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sides = _sides(champion, material, options, config, Path(folder))
         weeks = [_week(sides, material, number, options) for number in range(options.weeks)]
-        rows = material.held_out
-        old = {name: metrics.average_precision(rows.label, side.score(rows)) for name, side in sides.items()}
-    return _summary(weeks, old, sides) | {
+        held_out = {name: side.score(material.held_out) for name, side in sides.items()}
+    old = {name: metrics.average_precision(material.held_out.label, score) for name, score in held_out.items()}
+    return _summary(weeks[1:], old, sides) | {
         "pattern": options.pattern, "delay_days": options.delay_days, "history_days": options.history_days,
         "test_start": str(options.test_start), "weeks": weeks,
     }  # fmt: skip
@@ -83,10 +83,8 @@ def show(result: dict[str, Any]) -> Iterator[str]:
 def _material(options: argparse.Namespace, config: Config) -> Material:
     (pattern,), delay = drift_preset(options.pattern), options.delay_days
     first = protocol.day_number(options.test_start)
-    table = attacks.inject(
-        handbook.read(options.data, label_delay_days=delay), pattern,
-        first_day=first, label_delay_days=delay, seed=config.seed,
-    )  # fmt: skip
+    table = handbook.read(options.data, label_delay_days=delay)
+    table = attacks.inject(table, pattern, first_day=first, label_delay_days=delay, seed=config.seed)
     day, held_out_end = protocol.day_numbers(table), newest_known(first, delay)
     begin = held_out_end - WEEK - options.history_days + 1
     wanted = np.flatnonzero((day >= begin) & (day < first + WEEK * options.weeks))
@@ -138,15 +136,12 @@ def _week(sides: Mapping[str, Learner], material: Material, number: int, options
 
 
 def _summary(weeks: list[dict[str, Any]], old: Mapping[str, float], sides: Mapping[str, Learner]) -> dict[str, Any]:
-    """Means over the weeks after the first update; forgetting is relative to the frozen model."""
-    learnt = weeks[1:]
-    result: dict[str, Any] = {}
+    """Means over the weeks; forgetting is relative to the frozen model."""
+    names = [f"{name}_{key}" for name in sides for key in PARTS]
+    result: dict[str, Any] = {name: float(np.mean([week[name] for week in weeks])) for name in names}
     for name, side in sides.items():
-        for key in PARTS:
-            result[f"{name}_{key}"] = float(np.mean([week[f"{name}_{key}"] for week in learnt]))
-        result[f"{name}_held_out"] = old[name]
-        result[f"{name}_forgetting"] = 1 - old[name] / old["frozen"]
-        result[f"{name}_samples"], result[f"{name}_seconds"] = side.effort.samples, side.effort.seconds
+        result |= {f"{name}_held_out": old[name], f"{name}_forgetting": 1 - old[name] / old["frozen"]}
+        result |= {f"{name}_{key}": value for key, value in vars(side.effort).items()}
     own, full = sides["incremental"].effort, sides["full_retrain"].effort
     return result | {
         "of_full_retrain": result["incremental_average_precision"] / result["full_retrain_average_precision"],

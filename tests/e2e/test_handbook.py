@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -47,6 +48,66 @@ def test_the_protocol_runs_on_any_folder_and_any_dates(folder: Path, tmp_path: P
     for prefix in YARDSTICKS:
         assert 0 <= found[f"{prefix}average_precision"] <= found["ceiling_average_precision"]
         assert 0.5 < found[f"{prefix}auc"] <= 1
+
+
+def run(folder: Path, target: Path, experiment: str, *options: str) -> dict[str, Any]:
+    """The figures of one experiment in the small world, two weeks from 26 January."""
+    small = ["--preset", "debug", "--set", "train.epochs=2", "--set", "update.min_labels=5", "--history-days", "12"]
+    dates = ["--train-start", "2026-01-16", "--test-start", "2026-01-26", "--weeks", "2", "--json", str(target)]
+    assert handbook.main(["--experiment", experiment, "--data", str(folder), *small, *dates, *options]) == 0
+    found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return found
+
+
+def test_daily_increments_are_set_beside_weekly_training_and_both_beside_their_ceilings(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(folder, tmp_path / "delay.json", "delay")
+    weeks = found["weeks"]
+    assert [week["test_start"] for week in weeks] == ["2026-01-26", "2026-02-02"]
+    for side in ("7d", "1d"):
+        assert 0.3 < found[f"recall_{side}"] <= found[f"ceiling_{side}"] + 0.05 < 1.05
+        assert found[f"recall_{side}"] == pytest.approx(sum(week[f"recall_{side}"] for week in weeks) / 2)
+    assert found["ceiling_1d"] > found["ceiling_7d"]
+    late, early = (sum(week[f"false_positives_{side}"] for week in weeks) for side in ("7d", "1d"))
+    assert found["false_positive_change"] == pytest.approx((early - late) / late)
+    assert "of the ceiling" in capsys.readouterr().out
+    assert (tmp_path / "delay.svg").is_file()
+
+
+def test_folds_are_weeks_apart_and_their_means_are_reported(folder: Path, tmp_path: Path) -> None:
+    found = run(folder, tmp_path / "folds.json", "folds", "--delay-days", "2", "--test-days", "5")
+    assert [fold["test_start"] for fold in found["folds"]] == ["2026-01-26", "2026-02-02"]
+    for prefix in ("", "lightgbm_", "ceiling_"):
+        values = [fold[f"{prefix}average_precision"] for fold in found["folds"]]
+        assert found[f"{prefix}average_precision"] == pytest.approx(sum(values) / 2)
+        assert 0.5 < found[f"{prefix}auc"] <= 1
+
+
+def test_a_new_pattern_is_learnt_by_those_who_learn(folder: Path, tmp_path: Path) -> None:
+    settings = ["--set", "update.epochs=2", "--set", "update.lr=5e-3", "--set", "update.replay_fraction=0.5"]
+    found = run(folder, tmp_path / "pattern.json", "new-pattern", *settings)
+    first, second = found["weeks"]
+    sides = ("incremental", "full_retrain", "naive", "frozen")
+    assert (found["delay_days"], found["pattern"]) == (1, "terminal-night")
+    assert len({first[f"{side}_average_precision"] for side in sides}) == 1  # nobody knows anything yet
+    assert second["incremental_new_pattern"] > 2 * second["frozen_new_pattern"]
+    assert second["full_retrain_new_pattern"] > 2 * second["frozen_new_pattern"]
+    assert found["frozen_forgetting"] == 0 == found["frozen_samples"]
+    assert found["compute_share"] == found["incremental_samples"] / found["full_retrain_samples"]
+    assert (tmp_path / "pattern.svg").is_file()
+
+
+def test_one_week_is_too_short_for_a_new_pattern(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--weeks 1 leaves no week"):
+        handbook.main(["--experiment", "new-pattern", "--data", str(folder), "--weeks", "1"])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_a_number_of_weeks_is_a_whole_number(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        handbook.main([f"--weeks={text}"])
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_without_a_folder_the_command_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
