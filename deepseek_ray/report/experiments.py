@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ _STYLE = {
 
 def plot_delay(result: Mapping[str, Any], target: Path) -> Path:
     """Recall at 1 % false positives of both sides, week by week, under their ceilings."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(cast(Any, _STYLE)):
         figure = Figure((7.2, 3.6), layout="constrained")
         axes = figure.subplots()
         weeks = [week["test_start"] for week in result["weeks"]]
@@ -44,7 +44,7 @@ def plot_delay(result: Mapping[str, Any], target: Path) -> Path:
 
 def plot_pattern(result: Mapping[str, Any], target: Path) -> Path:
     """Average precision on the new and on the old patterns, week by week, of every side."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(cast(Any, _STYLE)):
         figure = Figure((9.6, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         weeks = [week["test_start"] for week in result["weeks"]]

@@ -39,14 +39,23 @@ EXPERIMENTS = {
     "protocol": handbook_protocol, "folds": handbook_folds, "delay": handbook_delay, "new-pattern": handbook_pattern,
 }  # fmt: skip
 
+DEFAULTS = {
+    "protocol": {"delay_days": 7, "history_days": 100},
+    "folds": {"delay_days": 7, "history_days": 100},
+    "delay": {"history_days": 60},
+    "new-pattern": {"delay_days": 1, "history_days": 100},
+}
+"""Options that differ from experiment to experiment."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run an experiment, print a table, write JSON and a plot."""
     options = _parser().parse_args(argv)
     if not options.data:
         raise ConfigError("There is no data folder.", fix="give --data DIR with handbook-shaped parquet")
-    if options.delay_days is None:
-        options.delay_days = 1 if options.experiment == "new-pattern" else 7
+    for name, value in DEFAULTS[options.experiment].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     config = load_preset(options.preset, overrides=[*options.overrides, f"seed={options.seed}"])
     torch.set_num_threads(config.train.threads_per_worker)
     experiment, start = EXPERIMENTS[options.experiment], time.perf_counter()
@@ -74,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--test-start", type=date.fromisoformat, default=date(2018, 8, 8))
     add("--test-days", type=_count, default=7)
     add("--weeks", type=_count, default=4, help="test weeks of the experiments that walk forward")
-    add("--history-days", type=_count, default=100, help="days that end with the newest known one")
+    add("--history-days", type=_count, help="days to train on, with the newest known one last: 100; 'delay' 60")
     add("--pattern", choices=[name for name in DRIFT_PRESETS if name != "none"], default="terminal-night")
     add("--seed", type=int, default=0)
     add("--preset", default="handbook", choices=sorted(PRESETS))
