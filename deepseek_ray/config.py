@@ -114,6 +114,7 @@ class UpdateConfig(Section):
     replay_fraction: float = Field(0.9, ge=0, lt=1, description="share of old rows in each batch")
     epochs: int = Field(3, ge=1)
     lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(0, ge=0, description="samples a step; 0: train.batch_size. An update has few rows")
     min_labels: int = Field(50, ge=1)
     holdout_fraction: float = Field(0.25, gt=0, lt=1, description="newest labelled days; they judge and do not train")
     memory_rows: int = Field(30_000, ge=1, description="rows of each class kept for replay")

@@ -120,7 +120,8 @@ def warm_start(
     """
     model = models.load(champion_dir, torch.float32)
     rows = _checked(new, memory, model.config.feature_names, config.min_labels)
-    recipe = Recipe.of(train, seed=seed, epochs=config.epochs, lr=config.lr)
+    size = config.batch_size or train.batch_size
+    recipe = Recipe.of(train, seed=seed, epochs=config.epochs, lr=config.lr, batch_size=size)
     plan = (strategy or STRATEGIES[config.strategy])(Material(rows, memory, config, recipe))
     plan.prepare(model)
     history = _train(model, plan, recipe, on_epoch)

@@ -80,3 +80,16 @@ def test_plain_fine_tuning_keeps_its_memory_empty(config: Config, tmp_path: Path
     learner.learn(rows(seed=2))
     assert len(learner.memory) == 0
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0", "1", "2"]
+
+
+def test_smaller_batches_learn_more_from_the_same_rows(config: Config, tmp_path: Path) -> None:
+    new, start = rows(8, signal=1, seed=1), Retrained(config)
+    start.learn(rows(8))
+    found = []
+    for size in (0, 8):
+        changed = config.model_copy(update={"update": config.update.model_copy(update={"batch_size": size})})
+        learner = Incremental(start.fitted, Reservoir(1, 0), changed, tmp_path / str(size), remembers=False)
+        learner.learn(new)
+        found.append((learner.effort.samples, metrics.auc(new.label, learner.score(new))))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] > found[0][1]
