@@ -47,8 +47,7 @@ def run(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Every side, week by week; the first week, before any label of the pattern, is the same for all.
 
     Raises:
-        ConfigError: fewer than two weeks.
-        DataError: the data hold no day of a test week or of the history.
+        ConfigError, DataError: fewer than two weeks; the data hold no day of a test week or of the history.
     """
     if options.weeks < 2:
         raise ConfigError(f"--weeks {options.weeks} leaves no week to learn the pattern in.", fix="give 2 or more")
@@ -60,20 +59,20 @@ def run(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         weeks = [_week(sides, material, number, options) for number in range(options.weeks)]
         held_out = {name: side.score(material.held_out) for name, side in sides.items()}
     old = {name: metrics.average_precision(material.held_out.label, score) for name, score in held_out.items()}
-    return _summary(weeks[1:], old, sides) | {
-        "pattern": options.pattern, "delay_days": options.delay_days, "history_days": options.history_days,
-        "test_start": str(options.test_start), "weeks": weeks,
-    }  # fmt: skip
+    given = {name: getattr(options, name) for name in ("pattern", "delay_days", "history_days")}
+    return {**_summary(weeks[1:], old, sides), **given, "test_start": str(options.test_start), "weeks": weeks}
 
 
 def show(result: dict[str, Any]) -> Iterator[str]:
     """Lines of a table."""
     yield f"pattern {result['pattern']} from {result['test_start']}, label delay {result['delay_days']} days, weekly"
-    columns = ("average precision", "new pattern", "old patterns", "forgetting", "samples", "seconds")
-    yield f"{'':20}" + "".join(f"{column:>20}" for column in columns)
+    columns = ("all patterns", "new pattern", "old patterns", "forgetting", "week before", "samples", "seconds")
+    yield f"{'average precision':20}" + "".join(f"{column:>14}" for column in columns)
     for name, (words, *_) in SIDES.items():
-        cells = "".join(f"{result[f'{name}_{key}']:20.4f}" for key in PARTS) + f"{result[f'{name}_forgetting']:20.2%}"
-        yield f"{words:20}{cells}{result[f'{name}_samples']:20d}{result[f'{name}_seconds']:20.1f}"
+        own = {key.removeprefix(f"{name}_"): value for key, value in result.items() if key.startswith(f"{name}_")}
+        cells = "".join(f"{own[key]:14.4f}" for key in PARTS)
+        cells += f"{own['forgetting']:14.2%}{own['forgetting_held_out']:14.2%}"
+        yield f"{words:20}{cells}{own['samples']:14d}{own['seconds']:14.1f}"
     yield (
         f"incremental / full retrain: average precision {result['of_full_retrain']:.4f}, "
         f"samples {result['compute_share']:.1%}, seconds {result['seconds_share']:.1%}"
@@ -136,11 +135,12 @@ def _week(sides: Mapping[str, Learner], material: Material, number: int, options
 
 
 def _summary(weeks: list[dict[str, Any]], old: Mapping[str, float], sides: Mapping[str, Learner]) -> dict[str, Any]:
-    """Means over the weeks; forgetting is relative to the frozen model."""
+    """Means over the weeks; forgetting is relative to the frozen model, here and on the week before the pattern."""
     names = [f"{name}_{key}" for name in sides for key in PARTS]
     result: dict[str, Any] = {name: float(np.mean([week[name] for week in weeks])) for name in names}
     for name, side in sides.items():
-        result |= {f"{name}_held_out": old[name], f"{name}_forgetting": 1 - old[name] / old["frozen"]}
+        result[f"{name}_forgetting"] = 1 - result[f"{name}_old_patterns"] / result["frozen_old_patterns"]
+        result |= {f"{name}_held_out": old[name], f"{name}_forgetting_held_out": 1 - old[name] / old["frozen"]}
         result |= {f"{name}_{key}": value for key, value in vars(side.effort).items()}
     own, full = sides["incremental"].effort, sides["full_retrain"].effort
     return result | {
