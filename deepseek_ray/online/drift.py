@@ -134,7 +134,8 @@ def _shares(values: Floats, edges: Floats) -> Floats:
 
 
 def _checked(name: str, values: npt.ArrayLike) -> Floats:
-    clean = np.asarray(values, dtype=np.float64).ravel()
+    # as in training: served values are float64, and those that lie on the edge of a bin would fall on its other side
+    clean = np.asarray(values, dtype=np.float32).astype(np.float64).ravel()
     if clean.size == 0:
         raise DataError(f"There are no values of {name!r} to compare.", fix="wait for more events")
     if not np.isfinite(clean).all():

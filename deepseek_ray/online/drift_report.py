@@ -103,7 +103,7 @@ def judge_drift(baseline: Baseline, live: Span, matured: Span, newest_us: int, c
 
 
 def _features(baseline: Baseline, rows: pl.DataFrame) -> list[DriftResult]:
-    values = stack_values(rows).astype(np.float32)  # as in training: bins of whole hours break at the last bit
+    values = stack_values(rows)
     place = {name: index for index, name in enumerate(baseline.feature_names)}
     return compare_all(baseline.features, {one.name: values[:, place[one.name]] for one in baseline.features})
 

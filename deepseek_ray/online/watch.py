@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import polars as pl
 
 from deepseek_ray.config import ServingConfig
@@ -78,7 +77,7 @@ class Watch:
             matured: rows with ``probability``, ``is_fraud`` and ``known_us``; labels came in by the end of the day.
             frauds: true frauds of the day, which only a replay can know today.
         """
-        values = stack_values(served).astype(np.float32)  # as in training: bins of whole hours break at the last bit
+        values = stack_values(served)
         self.results = compare_all(self._references, {name: values[:, i] for name, i in self._columns.items()})
         known = matured.filter(pl.col("is_fraud").is_not_null())
         known = known.filter(pl.col("known_us") > pl.col("known_us").max() - self._window_us)

@@ -16,6 +16,8 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from deepseek_ray.online.drift_report import judge_drift
+from deepseek_ray.online.loop import State
+from deepseek_ray.online.loop import _metrics as updater_metrics
 from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.monitor import Monitor
 from tests.unit.drift_rows import baseline, live, span
@@ -30,6 +32,7 @@ SUBJECTS = {
     "latency objective": "RiskLatencyObjective", "shed": "RiskShed", "overload": "RiskOverload",
     "queue age": "RiskQueueAge",
     "refused versions": "RiskVersionRefused", "log disk full": "RiskLogDiskFull",
+    "updater failing": "RiskUpdaterFailing",
 }  # fmt: skip
 
 
@@ -57,7 +60,13 @@ def shown() -> dict[str, set[str]]:
         assert isinstance(collector, MetricWrapperBase)
         for suffix in SUFFIXES[family.type]:
             found[family.name + suffix] = {*collector._labelnames, *(["le"] if suffix == "_bucket" else [])}
-    return found
+    return found | updater_shows()
+
+
+def updater_shows() -> dict[str, set[str]]:
+    """The same of the file that the updater writes for a textfile collector."""
+    samples = [one for family in updater_metrics(State(since_s=0.0, psi=0.1)).collect() for one in family.samples]
+    return {one.name: set(one.labels) for one in samples}
 
 
 def selectors(node: Any) -> Iterator[promql_parser.VectorSelector]:
