@@ -15,11 +15,13 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from deepseek_ray.config import ServingConfig
 from deepseek_ray.serving.asgi import AsgiApp, Receive, Response, Scope, read_body
-from deepseek_ray.serving.auth import ApiKey
+from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
-from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.monitor import HttpMonitor
 from deepseek_ray.serving.problem import FieldErrors, field_errors
+from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 from serve_apps import ingress
 
 MAX_BODY_BYTES = 4 << 20
@@ -50,10 +52,11 @@ class VectorApp(AsgiApp):
         torch.set_num_threads(1)
         self._model = load(folder)
         self._shape = (self._model.config.sequence_len, 6)
-        monitor = Monitor()
+        monitor = HttpMonitor("rows")
         self._batcher: Batcher[_Checked, float] = Batcher(self._score_batch, max_batch_size=64, max_queued=2_000)
         routes = {"/v1/score": {"POST": self._score}}
-        super().__init__(routes, ApiKey(key), monitor, document=dict, shutdown=self._batcher.close)
+        guard(ConnectionLimits.of(ServingConfig()), lambda reason: monitor.shed.labels(reason).inc())
+        super().__init__(routes, Keyring(key), monitor, document=dict, shutdown=self._batcher.close)
 
     async def _score(self, scope: Scope, receive: Receive) -> Response:
         body = await read_body(scope, receive, MAX_BODY_BYTES)
