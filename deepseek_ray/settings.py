@@ -15,9 +15,11 @@ import yaml
 
 from deepseek_ray.config import Config, DataConfig, FeatureConfig, build_config, given_keys, known_keys
 from deepseek_ray.errors import ConfigError
-from deepseek_ray.logs import drop_password
+from deepseek_ray.logs import drop_password, get_logger
 from deepseek_ray.paths import RunPaths, replace_text
 from deepseek_ray.presets import load_preset
+
+logger = get_logger(__name__)
 
 Purpose = Literal["make", "train", "use"]
 """``make``: the run need not exist, all may be set. ``train``: days and features may be. ``use``: neither."""
@@ -59,7 +61,7 @@ def resolve(
 
 
 def stored(paths: RunPaths) -> Config | None:
-    """The settings that the run was made with, None where none were kept.
+    """The settings that the run was made with, None where none were kept; later settings have their defaults.
 
     Raises:
         ConfigError: the file is broken or incomplete.
@@ -70,8 +72,11 @@ def stored(paths: RunPaths) -> Config | None:
         config = build_config(file=paths.settings)
     except ConfigError as error:
         raise _broken(paths, error.message) from error
-    if lacking := sorted(set(known_keys()) - set(given_keys(config))):
-        raise _broken(paths, f"it lacks {', '.join(lacking)}.")
+    given = set(given_keys(config))
+    if lacking := sorted(set(known_keys()) - given):
+        if not paths.settings.read_text(encoding="utf-8").endswith(_end(len(given))):
+            raise _broken(paths, f"it lacks {', '.join(lacking)}.")
+        logger.debug("%s was made before these settings, which have their defaults: %s", paths.root, lacking)
     return config
 
 
@@ -79,7 +84,12 @@ def store(paths: RunPaths, config: Config) -> None:
     """Keep the settings as the run's own, whole or not at all; passwords in addresses are left out."""
     tree = config.model_dump()
     tree["stores"] = {name: drop_password(value) for name, value in tree["stores"].items()}
-    replace_text(paths.settings, yaml.safe_dump(tree, sort_keys=False))
+    replace_text(paths.settings, yaml.safe_dump(tree, sort_keys=False) + _end(len(known_keys())))
+
+
+def _end(num_settings: int) -> str:
+    """The last line: a file that has it is whole, though later settings are not in it."""
+    return f"# end of {num_settings} settings\n"
 
 
 def refuse_changes(paths: RunPaths, config: Config, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepseek_ray import cli, commands, settings
-from deepseek_ray.config import known_keys
+from deepseek_ray.config import build_config, known_keys
 from deepseek_ray.errors import ConfigError, DataError, EnvironmentProblemError, IngestError
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.presets import load_preset
@@ -111,10 +111,22 @@ def test_a_broken_file_is_an_error_whatever_is_asked(paths: RunPaths, content: s
         resolve(paths, "use", preset="debug")
 
 
+def test_a_run_made_before_a_setting_existed_has_its_default(paths: RunPaths) -> None:
+    lines = paths.settings.read_text().splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if line.startswith("  max_batch_size:"))
+    count = int(lines[-1].split()[3])
+    older = [*lines[:at], *lines[at + 1 : -1]]
+    paths.settings.write_text("".join([*older, f"# end of {count - 1} settings\n"]))
+    assert resolve(paths, "use").serving.max_batch_size == build_config().serving.max_batch_size
+    paths.settings.write_text("".join([*older, lines[-1]]))
+    with pytest.raises(ConfigError, match=r"it lacks serving\.max_batch_size"):
+        resolve(paths, "use")
+
+
 def test_a_file_cut_short_is_an_error(paths: RunPaths) -> None:
     lines = paths.settings.read_text().splitlines(keepends=True)
     assert len(lines) > len(known_keys())
-    for kept in range(len(lines)):
+    for kept in range(len(lines) - 1):  # the last line only says that this is all
         paths.settings.write_text("".join(lines[:kept]))
         with pytest.raises(ConfigError, match="cannot be used"):
             stored(paths)
