@@ -4,8 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
-CLUSTERLESS := $(patsubst %,tests/%.py,integration/test_redis integration/test_registry \
-	integration/test_tracking_servers e2e/test_wheel)
+CLUSTERLESS := $(patsubst %,tests/%.py,$(addprefix integration/test_,drift label_queue redis registry service \
+	tracking_servers update_cycle) e2e/test_wheel)
 
 # Without .pyc files every Ray worker would compile torch and ray again at start.
 unexport PYTHONDONTWRITEBYTECODE
