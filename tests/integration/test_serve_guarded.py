@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,8 +96,10 @@ def test_a_tight_deadline_is_kept_and_an_easy_one_answered(server: Server) -> No
 
 
 def _shell(command: str) -> str:
+    root, scripts = Path(__file__).parents[2], Path(sys.executable).parent  # this checkout, this environment
+    environment = os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        ["bash", "-ec", command], env=os.environ, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-ec", command], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
