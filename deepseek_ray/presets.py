@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "handbook": {
         "model": {"dropout": 0.1},
         "train": {"epochs": 5, "batch_size": 1024, "negative_rate": 0.15, "ablation": False},
-        "update": {"replay_fraction": 0.7, "epochs": 1, "lr": 1e-3, "memory_rows": 120_000},
+        "update": {"replay_fraction": 0.4, "epochs": 2, "batch_size": 256, "memory_rows": 120_000},
     },
     "debug": {  # small enough for tests, large enough that a model beats chance
         "data": {

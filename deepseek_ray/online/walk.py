@@ -28,7 +28,10 @@ from deepseek_ray.train.step import EpochRecord, Recipe, train_in_process
 
 @dataclass(frozen=True)
 class Effort:
-    """Cost of training: rows through the network (of an epoch after thinning, times epochs), seconds of wall clock."""
+    """Cost of learning: rows through the network (of an epoch after thinning, times epochs), seconds of the processor.
+
+    Processor time of this process, all its threads: on a shared machine the wall clock would count the neighbours.
+    """
 
     samples: int = 0
     seconds: float = 0.0
@@ -109,7 +112,7 @@ class Retrained:
         Raises:
             DataError: a class is missing.
         """
-        start = time.perf_counter()
+        start = time.process_time()
         known, config = rows.labelled(), self.config
         torch.manual_seed(config.seed)
         length = known.sequence.shape[1]
@@ -156,7 +159,7 @@ class Incremental:
         Raises:
             DataError: fewer labels than ``update.min_labels``, or one class only.
         """
-        start = time.perf_counter()
+        start = time.process_time()
         self._number += 1
         target = self.folder / str(self._number)
         config = self.config
@@ -174,7 +177,7 @@ class Incremental:
 
 
 def _effort(history: Sequence[EpochRecord], start: float) -> Effort:
-    return Effort(sum(record.rows for record in history), time.perf_counter() - start)
+    return Effort(sum(record.rows for record in history), time.process_time() - start)
 
 
 def date_of(day: int) -> np.datetime64:
