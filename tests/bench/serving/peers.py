@@ -7,10 +7,11 @@ providers compute with the same build; whatever the server itself needs is the p
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
-import venv
 from pathlib import Path
 
 import numpy as np
@@ -142,13 +143,19 @@ def _environment(folder: Path, package: str) -> Path:
     python = folder / "bin" / "python"
     done = folder / "complete"
     if not done.exists():
-        venv.create(folder, clear=True, with_pip=True)
+        subprocess.run([_interpreter(package), "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-qq", package], check=True)
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         shared = folder / "lib" / version / "site-packages" / "zz_project.pth"
         shared.write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
         done.touch()
     return python
+
+
+def _interpreter(package: str) -> str:
+    """PyTriton's server brings no interpreter, it loads the system's library: only the system's own python fits it."""
+    system = shutil.which(f"python3.{sys.version_info.minor}", path=os.defpath)
+    return system if system and package == PEERS["PyTriton"] else sys.executable
 
 
 Made = tuple[list[str], str, str]

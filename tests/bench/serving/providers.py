@@ -11,7 +11,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import psutil
+
+from tests.bench.serving.load import KEY_VARIABLE, bodies
 
 ROOT = Path(__file__).parents[3]
 START_S = 180.0
@@ -52,7 +55,7 @@ class Provider:
             self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
     def wait(self) -> None:
-        """Until its port takes connections.
+        """Until it answers a request.
 
         Raises:
             RuntimeError: it ended, or took too long.
@@ -60,13 +63,17 @@ class Provider:
         assert self.process is not None
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-            except OSError:
-                time.sleep(0.2)
-            else:
+            if self._answers():
                 return
+            time.sleep(0.2)
         raise RuntimeError(f"{self.name} did not start")
+
+    def _answers(self) -> bool:
+        headers = {"Content-Type": "application/json", "X-API-Key": os.environ.get(KEY_VARIABLE, "")}
+        try:
+            return httpx.post(self.url, content=next(bodies(self.body)), headers=headers, timeout=10).is_success
+        except httpx.TransportError:
+            return False
 
     def processes(self) -> list[psutil.Process]:
         """All that it runs."""
