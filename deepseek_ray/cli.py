@@ -280,13 +280,15 @@ def _add_keys(verbs: Verbs) -> None:
     verb.add_argument("name", metavar="NAME", help="who uses it")
     verb.add_argument("--scope", choices=("read", "write", "admin"), default="write", help="default: write")
     verb.add_argument("--days", type=float, help="valid for so long (default: until it is revoked)")
-    verb.add_argument("--rate", type=float, metavar="R", help="records a second (default: serving.rate_per_key)")
+    verb.add_argument(
+        "--rate", type=float, metavar="R", help="records a second, 0 for any (default: serving.rate_per_key)"
+    )
     _run_here(verb, "deepseek_ray.commands_keys:add")
     verb = actions.add_parser("list", help="names, scopes, rates and ends")
     verb.add_argument("--json", action="store_true", help="print everything as JSON")
     _run_here(verb, "deepseek_ray.commands_keys:show")
     verb = actions.add_parser("revoke", help="take a key back; it is refused a second later")
-    verb.add_argument("key", metavar="ID_OR_NAME", help="an id, or a name and with it all its keys")
+    verb.add_argument("key", metavar="ID_OR_NAME", help="an id, or a name that one key has")
     _run_here(verb, "deepseek_ray.commands_keys:revoke")
 
 

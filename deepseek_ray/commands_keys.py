@@ -27,14 +27,14 @@ def show(options: argparse.Namespace) -> int:
         return 0
     for key in keys:
         print(f"{key.id}  {key.name:<20} {_described(key)}")
-    print(f"{len(keys)} keys")
+    print(f"keys: {len(keys)}")
     return 0
 
 
 def revoke(options: argparse.Namespace) -> int:
-    """Take keys back."""
-    for key in revoke_key(_file(options), options.key):
-        print(f"revoked: {key.id} ({key.name})")
+    """Take a key back."""
+    key = revoke_key(_file(options), options.key)
+    print(f"revoked: {key.id} ({key.name})")
     return 0
 
 
@@ -45,5 +45,6 @@ def _file(options: argparse.Namespace) -> Path:
 
 def _described(key: KeyRecord) -> str:
     rate = "the service's rate" if key.rate_per_s is None else f"{key.rate_per_s:g} records/s"
+    rate = "any rate" if key.rate_per_s == 0 else rate
     end = "does not expire" if key.expires is None else f"until {key.expires:%Y-%m-%d %H:%M} UTC"
     return f"{key.scope}, {rate}, {'expired' if key.expired(datetime.now(UTC)) else end}"

@@ -131,27 +131,31 @@ def add_key(
             expires=None if days is None else now + timedelta(days=days),
         )
     except ValidationError as error:
-        raise ConfigError(f"The key cannot be made: {error}.", fix="see: deepseek-ray keys add --help") from None
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ConfigError(
+            f"The key cannot be made: {first['loc'][0]}: {first['msg']}.", fix="see: deepseek-ray keys add --help"
+        ) from None
     with _locked(file):
         _write(file, [*read_keys(file), record])
     return record, key
 
 
-def revoke_key(file: Path, wanted: str) -> list[KeyRecord]:
-    """Take the key with an id, or all of a name, out of the file; returns them.
+def revoke_key(file: Path, wanted: str) -> KeyRecord:
+    """Take the key with an id, or the only one of a name, out of the file; returns it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or several have the name: one of them may be the successor of another.
         EnvironmentProblemError: the file is damaged or cannot be written.
     """
     with _locked(file):
         keys = read_keys(file)
         gone = [key for key in keys if wanted in (key.id, key.name)]
-        if not gone:
-            known = ", ".join(f"{key.id} ({key.name})" for key in keys) or "none"
-            raise ConfigError(f"No key has the id or name {wanted!r}.", fix=f"choose one of: {known}")
+        if len(gone) != 1:
+            known = ", ".join(f"{key.id} ({key.name}, of {key.created:%Y-%m-%d %H:%M:%S})" for key in gone or keys)
+            problem = f"{len(gone)} keys have" if gone else "No key has"
+            raise ConfigError(f"{problem} the id or name {wanted!r}.", fix=f"choose one by its id: {known or 'none'}")
         _write(file, [key for key in keys if key not in gone])
-    return gone
+    return gone[0]
 
 
 @contextmanager
