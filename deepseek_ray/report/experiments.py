@@ -45,7 +45,7 @@ def plot_delay(result: Mapping[str, Any], target: Path) -> Path:
 def plot_pattern(result: Mapping[str, Any], target: Path) -> Path:
     """Average precision on the new and on the old patterns, week by week, of every side."""
     with matplotlib.rc_context(cast(Any, _STYLE)):
-        figure = Figure((9.6, 3.6), layout="constrained")
+        figure = Figure((11, 3.6), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         weeks = [week["test_start"] for week in result["weeks"]]
         for axes, key, title in zip(
