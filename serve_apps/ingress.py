@@ -35,6 +35,7 @@ def prepare(host: str, port: int) -> None:
     os.environ |= {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # the application shares the replica's event loop (uvloop), frozen GC
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # it would listen too, at another port
+        "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs on the machine would come before requests
         "RAY_enable_metrics_collection": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

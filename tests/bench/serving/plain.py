@@ -56,7 +56,11 @@ def main() -> None:
     """Serve on 127.0.0.1 until killed."""
     folder, port, batched = sys.argv[1], int(sys.argv[2]), "--batch" in sys.argv
     environment = {"env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": "1"}}
-    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    os.environ |= {
+        "RAY_worker_niceness": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",
