@@ -124,7 +124,7 @@ class AsgiApp:
             elif not isinstance(error, DeepseekRayError):
                 route = path if path in self.routes else "an unknown path"
                 logger.error("request to %s failed: %s", route, trace_of(error))
-            return _problem(error)
+            return self._refusal(error, path)
 
     def _needed(self, path: str, method: str) -> KeyScope:
         if path in self._admin_routes:
@@ -136,10 +136,23 @@ class AsgiApp:
         if methods is None:
             detail = f"There is no route {path[:80]!r}."
             raise RequestError(detail, status=404, kind="unknown-route", fix="see /docs for the routes")
+        if method == "HEAD":  # the server leaves the body out
+            method = "GET"
         if method not in methods:
-            allowed = ", ".join(methods)
-            raise RequestError(f"{path} does not take {method}.", status=405, kind="wrong-method", fix=f"use {allowed}")
+            fix = f"use {self._allowed(path)}"
+            raise RequestError(f"{path} does not take {method}.", status=405, kind="wrong-method", fix=fix)
         return methods[method]
+
+    def _allowed(self, path: str) -> str:
+        methods = self.routes[path]
+        return ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+
+    def _refusal(self, error: Exception, path: str) -> Response:
+        status, body = problem.to_problem(error)
+        headers = problem.headers_for(status, error)
+        if status == 405:
+            headers.append((b"allow", self._allowed(path).encode()))
+        return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(headers))
 
     async def _healthz(self, scope: Scope, receive: Receive) -> Response:
         return json_response({"status": "alive", "rpc_port": self.beside.port if self.beside else 0})
@@ -202,11 +215,6 @@ def _too_large(size: int, limit: int) -> RequestError:
 def json_response(value: Mapping[str, Any]) -> Response:
     """200 with a JSON object."""
     return Response(200, json.dumps(value, allow_nan=False).encode("utf-8"))
-
-
-def _problem(error: Exception) -> Response:
-    status, body = problem.to_problem(error)
-    return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(problem.headers_for(status, error)))
 
 
 async def _send(send: Send, response: Response) -> None:

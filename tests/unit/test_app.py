@@ -194,7 +194,9 @@ def test_wrong_routes_and_methods(tmp_path: Path) -> None:
     async def story(client: httpx.AsyncClient) -> None:
         assert (await client.get("/v2/risk/score")).status_code == 404
         wrong = await client.get("/v1/risk/score")
-        assert (wrong.status_code, wrong.json()["fix"]) == (405, "use POST")
+        assert (wrong.status_code, wrong.json()["fix"], wrong.headers["allow"]) == (405, "use POST", "POST")
+        assert (await client.head("/healthz")).status_code == 200  # load balancers ask like this
+        assert (await client.post("/healthz")).headers["allow"] == "GET, HEAD"
 
     tell(tmp_path, story)
 
