@@ -232,9 +232,13 @@ class RegistryWatcher:
                 old = kept.get(arm.alias)
                 tally = old.tally if old else ArmTally(arm.alias, arm.version, self._metrics)
                 arms.append(LiveArm(arm.alias, arm.percent, newest(live), tally))
-        tally = (plan.tally if kept else None) or ArmTally(CHAMPION, plan.champion.version, self._metrics)
+        beside = plan.tally if kept else None
+        if (
+            beside is None or beside.version != plan.champion.version
+        ):  # another champion's calls say nothing of this one
+            beside = ArmTally(CHAMPION, plan.champion.version, self._metrics)
         next_plan = replace(plan, policy=policy, text=text, shadow=newest(shadow) if shadow else None)
-        return replace(next_plan.with_arms(tuple(arms)), tally=tally if arms else None)
+        return replace(next_plan.with_arms(tuple(arms)), tally=beside if arms else None)
 
     def _load_arm(self, version: str) -> LiveModel:
         info, model = load_version(self._registry(), version)

@@ -225,6 +225,19 @@ def test_the_canary_that_becomes_champion_is_not_loaded_again(watched: Watched) 
     assert watched.alive == 1
 
 
+def test_calls_of_the_last_champion_do_not_count_for_the_next(watched: Watched) -> None:
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 50))
+    first = watched.predictor.plan.tally
+    assert first is not None
+    first.failed()
+    watched.add("5")
+    watched.watcher.check()
+    second = watched.predictor.plan.tally
+    assert second is not None
+    assert (second.version, second.counts().calls) == ("5", 0)
+
+
 def test_a_threshold_moved_while_the_policy_changes_is_kept(watched: Watched) -> None:
     watched.add("4", "canary")
     watched.follow(("canary", "4", 5))
