@@ -139,7 +139,8 @@ class Predictor:
             elif isinstance(command, TaskCommand):
                 results[index] = _attempt(_work, command)
         if scores:
-            for (index, _), outcome in zip(scores, self._score([c for _, c in scores]), strict=True):
+            arms = self.plan  # read once: a swap never splits a batch
+            for (index, _), outcome in zip(scores, self._score([c for _, c in scores], arms), strict=True):
                 results[index] = outcome
         return results
 
@@ -194,15 +195,14 @@ class Predictor:
         self._commit()
         self._log.close()
 
-    def _score(self, commands: Sequence[ScoreCommand]) -> list[Result | Exception]:
-        arms = self.plan  # read once: a swap never splits a batch
+    def _score(self, commands: Sequence[ScoreCommand], arms: ArmPlan) -> list[Result | Exception]:
         try:
             plan = self._plan(commands)
             rows = self._decide(plan, arms) if plan.fresh else {}
         except Exception as error:
             self._state.discard()
             if isinstance(error, FeatureError) and len(commands) > 1:  # one card's broken state fails its own request
-                return [outcome for command in commands for outcome in self._score([command])]
+                return [outcome for command in commands for outcome in self._score([command], arms)]
             return [error] * len(commands)
         return [plan.refused.get(i) or _answer(command, plan, rows) for i, command in enumerate(commands)]
 
