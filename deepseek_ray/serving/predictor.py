@@ -63,8 +63,8 @@ C = TypeVar("C")
 
 
 class Predictor:
-    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``reroute``, ``plan``,
-    ``live`` and ``archived``.
+    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``crown``, ``reroute``,
+    ``plan``, ``live`` and ``archived``.
 
     Attributes:
         plan: the champion and the arms beside it.
@@ -121,6 +121,23 @@ class Predictor:
         """Serve another version from the next batch on: one reference changes, nothing waits."""
         self.reroute(lambda plan: replace(plan, champion=live))
         self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
+
+    def crown(self, version: str) -> bool:
+        """Let a loaded version serve as champion, as it is by then; False: it is not loaded.
+
+        Found and swapped in one step: a threshold that somebody sets in between would be lost.
+        """
+
+        def crowned(plan: ArmPlan) -> ArmPlan:
+            loaded = plan.versions.get(version)
+            return replace(plan, champion=loaded) if loaded else plan
+
+        self.reroute(crowned)
+        live = self.live
+        if live.version != version:
+            return False
+        self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
+        return True
 
     def reroute(self, change: Callable[[ArmPlan], ArmPlan]) -> None:
         """Make the next plan out of the present one, from the next batch on."""

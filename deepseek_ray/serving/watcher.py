@@ -138,8 +138,7 @@ class RegistryWatcher:
 
     def _crown(self, version: str) -> VersionInfo:
         """Let a version serve as champion; one that reads other features by way of a handover."""
-        if loaded := self._predictor.plan.versions.get(version):  # the canary that became champion is here already
-            self._predictor.swap(loaded)
+        if self._predictor.crown(version):  # the canary that became champion is here already
             return self._registry().get(version)
         info, model = load_version(self._registry(), version)
         refusal = self._contract.refusal(info, model.config.label_delay_days)

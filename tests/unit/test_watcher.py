@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +236,23 @@ def test_calls_of_the_last_champion_do_not_count_for_the_next(watched: Watched) 
     second = watched.predictor.plan.tally
     assert second is not None
     assert (second.version, second.counts().calls) == ("5", 0)
+
+
+def test_a_threshold_moved_while_the_canary_becomes_champion_is_kept(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 50))
+    reroute = watched.predictor.reroute
+
+    def late(change: Callable[[ArmPlan], ArmPlan]) -> None:
+        reroute(lambda plan: plan.with_threshold("4", 0.01))
+        reroute(change)
+
+    monkeypatch.setattr(watched.predictor, "reroute", late)
+    watched.registry.aliases["champion"] = "4"
+    watched.watcher.check()
+    assert (watched.predictor.live.version, watched.predictor.live.threshold) == ("4", 0.01)
 
 
 def test_a_threshold_moved_while_the_policy_changes_is_kept(watched: Watched) -> None:
