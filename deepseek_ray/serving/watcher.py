@@ -226,8 +226,11 @@ class RegistryWatcher:
 
         kept = {arm.alias: arm for arm in plan.arms} if text == plan.text else {}
         arms = []
+        gone = self._hooks.withdrawn(
+            text
+        )  # asked again: loading takes long, and an arm may have been withdrawn meanwhile
         for arm in policy.arms:
-            if (live := models.get(arm.version)) is not None:
+            if arm.alias not in gone and (live := models.get(arm.version)) is not None:
                 old = kept.get(arm.alias)
                 tally = old.tally if old else ArmTally(arm.alias, arm.version, self._metrics)
                 arms.append(LiveArm(arm.alias, arm.percent, newest(live), tally))

@@ -215,6 +215,21 @@ def test_a_withdrawn_arm_is_not_taken_up_again(watched: Watched) -> None:
     assert watched.arms == {}
 
 
+def test_an_arm_that_is_withdrawn_while_another_loads_does_not_serve_again(watched: Watched) -> None:
+    def withdrawn_meanwhile() -> RiskModel:
+        watched.gone = frozenset({"canary"})
+        watched.predictor.reroute(lambda plan: plan.without({"canary"}))
+        return watched._make(5)
+
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 20))
+    watched.add("5", "challenger", content=withdrawn_meanwhile)
+    watched.follow(("canary", "4", 20), ("challenger", "5", 20))
+    assert watched.arms == {"challenger": ("5", 20)}
+    watched.watcher.check()
+    assert watched.arms == {"challenger": ("5", 20)}
+
+
 def test_the_canary_that_becomes_champion_is_not_loaded_again(watched: Watched) -> None:
     watched.add("4", "canary")
     watched.follow(("canary", "4", 100))
@@ -246,6 +261,7 @@ def test_a_threshold_moved_while_the_canary_becomes_champion_is_kept(
     reroute = watched.predictor.reroute
 
     def late(change: Callable[[ArmPlan], ArmPlan]) -> None:
+        monkeypatch.setattr(watched.predictor, "reroute", reroute)  # once, before the champion changes
         reroute(lambda plan: plan.with_threshold("4", 0.01))
         reroute(change)
 
