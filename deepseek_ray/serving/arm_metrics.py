@@ -63,6 +63,7 @@ class ArmTally:
     """
 
     def __init__(self, alias: str, version: str, metrics: ArmMetrics) -> None:
+        self.version = version
         self._transactions = metrics.transactions.labels(alias, version)
         self._errors = metrics.errors.labels(alias, version)
         self._latency = metrics.latency.labels(alias, version)

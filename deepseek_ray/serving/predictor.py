@@ -63,8 +63,8 @@ C = TypeVar("C")
 
 
 class Predictor:
-    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``reroute``, ``plan``,
-    ``live`` and ``archived``.
+    """Runs batches of commands. Everything here is called from one thread, save ``swap``, ``crown``, ``reroute``,
+    ``plan``, ``live`` and ``archived``.
 
     Attributes:
         plan: the champion and the arms beside it.
@@ -122,6 +122,23 @@ class Predictor:
         self.reroute(lambda plan: replace(plan, champion=live))
         self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
 
+    def crown(self, version: str) -> bool:
+        """Let a loaded version serve as champion, as it is by then; False: it is not loaded.
+
+        Found and swapped in one step: a threshold that somebody sets in between would be lost.
+        """
+
+        def crowned(plan: ArmPlan) -> ArmPlan:
+            loaded = plan.versions.get(version)
+            return replace(plan, champion=loaded) if loaded else plan
+
+        self.reroute(crowned)
+        live = self.live
+        if live.version != version:
+            return False
+        self._monitor.show_model(live.name, live.version, live.run_id, live.threshold)
+        return True
+
     def reroute(self, change: Callable[[ArmPlan], ArmPlan]) -> None:
         """Make the next plan out of the present one, from the next batch on."""
         with self._swapping:
@@ -139,7 +156,8 @@ class Predictor:
             elif isinstance(command, TaskCommand):
                 results[index] = _attempt(_work, command)
         if scores:
-            for (index, _), outcome in zip(scores, self._score([c for _, c in scores]), strict=True):
+            arms = self.plan  # read once: a swap never splits a batch
+            for (index, _), outcome in zip(scores, self._score([c for _, c in scores], arms), strict=True):
                 results[index] = outcome
         return results
 
@@ -194,15 +212,14 @@ class Predictor:
         self._commit()
         self._log.close()
 
-    def _score(self, commands: Sequence[ScoreCommand]) -> list[Result | Exception]:
-        arms = self.plan  # read once: a swap never splits a batch
+    def _score(self, commands: Sequence[ScoreCommand], arms: ArmPlan) -> list[Result | Exception]:
         try:
             plan = self._plan(commands)
             rows = self._decide(plan, arms) if plan.fresh else {}
         except Exception as error:
             self._state.discard()
             if isinstance(error, FeatureError) and len(commands) > 1:  # one card's broken state fails its own request
-                return [outcome for command in commands for outcome in self._score([command])]
+                return [outcome for command in commands for outcome in self._score([command], arms)]
             return [error] * len(commands)
         return [plan.refused.get(i) or _answer(command, plan, rows) for i, command in enumerate(commands)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
@@ -29,16 +29,32 @@ NO_CALLS = CallCounts(0, 0, ())
 
 
 @dataclass(frozen=True)
-class Move:
-    """A move that the registry has yet to hear of."""
+class Fall:
+    """An arm that lost its traffic, and why."""
 
     arm: LiveArm
+    why: str
+
+    @property
+    def summary(self) -> str:
+        """What happened, in a few words."""
+        return f"{self.arm.alias} (version {self.arm.live.version}) {self.arm.percent:g} % -> 0 %"
+
+    def is_from(self, policy: TrafficPolicy) -> bool:
+        """Would that policy let the arm go on?"""
+        return any((arm.alias, arm.version) == (self.arm.alias, self.arm.live.version) for arm in policy.arms)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A move that the registry has yet to hear of; ``fallen`` are the arms of a rollback."""
+
     before: str
     after: TrafficPolicy
     action: str
-    cause: str
     why: str
     summary: str
+    fallen: tuple[Fall, ...] = ()
 
 
 class Rollout:
@@ -70,7 +86,7 @@ class Rollout:
         self._every_s = every_s
         self._now_us = now_us
         self._evidence: tuple[tuple[str, str], ArmEvidence] | None = None
-        self._withdrawn: tuple[str, frozenset[str]] = ("", frozenset())
+        self._withdrawn: dict[str, frozenset[str]] = {}
         self._pending: Move | None = None
         self._reports: dict[str, dict[str, object]] = {}
         self._stop = threading.Event()
@@ -83,7 +99,7 @@ class Rollout:
 
     def withdrawn(self, text: str) -> frozenset[str]:
         """Aliases that this process took the traffic from under the policy of that text."""
-        return self._withdrawn[1] if self._withdrawn[0] == text else frozenset()
+        return self._withdrawn.get(text, frozenset())
 
     def start(self) -> None:
         """Begin to watch."""
@@ -138,16 +154,17 @@ class Rollout:
             self._metrics.psi.labels(arm.alias, arm.live.version).set(verdict.psi)
 
     def _withdraw(self, plan: ArmPlan, arm: LiveArm, verdict: Verdict) -> None:
-        gone = self.withdrawn(plan.text) | {arm.alias}
-        self._withdrawn = (plan.text, gone)
-        self._predictor.reroute(lambda now: now.without(gone) if now.text == plan.text else now)
         logger.error("%s (version %s) lost its traffic: %s", arm.alias, arm.live.version, verdict.why)
-        after = plan.policy
-        for alias in sorted(gone):
-            after = after.without(alias)
-        summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> 0 %"
-        self._pending = Move(arm, plan.text, after, "rollback", verdict.cause, verdict.why, summary)
+        waiting = self._pending.fallen if self._pending else ()
+        others = [fall for fall in waiting if fall.arm.alias != arm.alias and fall.is_from(plan.policy)]
+        self._pending = _rollback(plan.text, plan.policy, (*others, Fall(arm, verdict.why)))
+        self._take_traffic(plan.text, self._pending.fallen)
         self._metrics.moves.labels("rollback", verdict.cause).inc()
+
+    def _take_traffic(self, text: str, fallen: tuple[Fall, ...]) -> None:
+        gone = self.withdrawn(text) | {fall.arm.alias for fall in fallen}
+        self._withdrawn[text] = gone
+        self._predictor.reroute(lambda now: now.without(gone) if now.text == text else now)
 
     def _is_due(self, policy: TrafficPolicy, step: StepRecord) -> bool:
         if policy.schedule is None or policy.next_percent is None or self._pending is not None:
@@ -159,7 +176,7 @@ class Rollout:
         percent = plan.policy.next_percent
         assert percent is not None
         summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> {percent:g} %"
-        self._pending = Move(arm, plan.text, plan.policy.grown(percent), "advance", "schedule", "healthy", summary)
+        self._pending = Move(plan.text, plan.policy.grown(percent), "advance", "healthy", summary)
 
     def _tell(self) -> None:
         """Write the pending move; it stays pending while the registry is away."""
@@ -183,18 +200,18 @@ class Rollout:
             return
         logger.info("traffic: %s (%s)", move.summary, move.why)
         if move.action == "advance":
-            self._metrics.moves.labels("advance", move.cause).inc()
+            self._metrics.moves.labels("advance", "schedule").inc()
         self._pending = None
 
     def _again(self, move: Move) -> Move | None:
-        """Somebody else moved the traffic first: theirs counts, but not where it lets a withdrawn arm go on."""
+        """Somebody else moved the traffic first: theirs counts, but not where it lets withdrawn arms go on."""
         text = self._book().read()
         policy = TrafficPolicy.parse(text)
-        pinned = {(arm.alias, arm.version) for arm in policy.arms}
-        if move.action != "rollback" or (move.arm.alias, move.arm.live.version) not in pinned:
+        fallen = tuple(fall for fall in move.fallen if fall.is_from(policy))
+        if not fallen:
             return None
-        self._withdrawn = (text, frozenset({move.arm.alias}))
-        return replace(move, before=text, after=policy.without(move.arm.alias))
+        self._take_traffic(text, fallen)
+        return _rollback(text, policy, fallen)
 
     def _run(self) -> None:
         failing = False
@@ -206,6 +223,15 @@ class Rollout:
                 if not failing:
                     logger.exception("the arms could not be judged; trying again every %g s", self._every_s)
                 failing = True
+
+
+def _rollback(text: str, policy: TrafficPolicy, fallen: tuple[Fall, ...]) -> Move:
+    """One move for all arms: after two, a crash or a poll in between would let the second arm go on."""
+    after = policy
+    for fall in fallen:
+        after = after.without(fall.arm.alias)
+    why = fallen[0].why if len(fallen) == 1 else "; ".join(f"{fall.arm.alias}: {fall.why}" for fall in fallen)
+    return Move(text, after, "rollback", why, ", ".join(fall.summary for fall in fallen), fallen)
 
 
 def _report(arm: LiveArm, step: StepRecord, calls: CallCounts, verdict: Verdict) -> dict[str, object]:

@@ -138,8 +138,7 @@ class RegistryWatcher:
 
     def _crown(self, version: str) -> VersionInfo:
         """Let a version serve as champion; one that reads other features by way of a handover."""
-        if loaded := self._predictor.plan.versions.get(version):  # the canary that became champion is here already
-            self._predictor.swap(loaded)
+        if self._predictor.crown(version):  # the canary that became champion is here already
             return self._registry().get(version)
         info, model = load_version(self._registry(), version)
         refusal = self._contract.refusal(info, model.config.label_delay_days)
@@ -227,14 +226,21 @@ class RegistryWatcher:
 
         kept = {arm.alias: arm for arm in plan.arms} if text == plan.text else {}
         arms = []
+        gone = self._hooks.withdrawn(
+            text
+        )  # asked again: loading takes long, and an arm may have been withdrawn meanwhile
         for arm in policy.arms:
-            if (live := models.get(arm.version)) is not None:
+            if arm.alias not in gone and (live := models.get(arm.version)) is not None:
                 old = kept.get(arm.alias)
                 tally = old.tally if old else ArmTally(arm.alias, arm.version, self._metrics)
                 arms.append(LiveArm(arm.alias, arm.percent, newest(live), tally))
-        tally = (plan.tally if kept else None) or ArmTally(CHAMPION, plan.champion.version, self._metrics)
+        beside = plan.tally if kept else None
+        if (
+            beside is None or beside.version != plan.champion.version
+        ):  # another champion's calls say nothing of this one
+            beside = ArmTally(CHAMPION, plan.champion.version, self._metrics)
         next_plan = replace(plan, policy=policy, text=text, shadow=newest(shadow) if shadow else None)
-        return replace(next_plan.with_arms(tuple(arms)), tally=tally if arms else None)
+        return replace(next_plan.with_arms(tuple(arms)), tally=beside if arms else None)
 
     def _load_arm(self, version: str) -> LiveModel:
         info, model = load_version(self._registry(), version)

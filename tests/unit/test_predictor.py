@@ -203,6 +203,24 @@ def test_a_broken_state_fails_the_requests_of_its_card_only(tmp_path: Path, monk
         assert made.state.counts == {"c1": 1, "c3": 1}
 
 
+def test_a_swap_does_not_split_a_batch_that_runs_again_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path) as made:
+        observe = made.state._observe
+
+        def broken(item: Transaction) -> object:
+            made.predictor.swap(live_model("2"))
+            if item.card_id == "c2":
+                raise FeatureError("The feature state is corrupted.")
+            return observe(item)
+
+        monkeypatch.setattr(made.state, "_observe", broken)
+        results = made.predictor.run([ScoreCommand([event(number, card=f"c{number}")]) for number in (1, 2, 3)])
+        answers = [one for result in results if isinstance(result, ScoreResult) for one in result.predictions]
+        assert [one.model_version for one in answers] == ["1", "1"]
+
+
 def test_what_the_archive_holds_is_dropped_some_after_each_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

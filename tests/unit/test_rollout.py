@@ -53,12 +53,21 @@ class Trial(Rig):
         return Rollout(self.predictor, lambda: book, self.log.path, self.metrics, now_us=lambda: self.now_us)
 
     def put(self, policy: TrafficPolicy) -> None:
-        live = replace(live_model("2"), scorer=self.scorer)
-        arms = tuple(
-            LiveArm(arm.alias, arm.percent, live, ArmTally(arm.alias, "2", self.metrics)) for arm in policy.arms
-        )
+        arms = tuple(self._arm(arm) for arm in policy.arms)
         champion, text = ArmTally("champion", "1", self.metrics), policy.model_dump_json()
         self.predictor.reroute(lambda plan: replace(plan, policy=policy, text=text, tally=champion).with_arms(arms))
+
+    def put_two(self) -> TrafficPolicy:
+        """Let a challenger with the canary's scorer serve beside it."""
+        arms = (*self.policy.arms, Arm(alias="challenger", version="3", percent=40))
+        policy = TrafficPolicy(arms=arms, limits=LIMITS, salt="a1", since_us=NOW_US - 1)
+        self.registry.traffic = policy.model_dump_json()
+        self.put(policy)
+        return policy
+
+    def _arm(self, arm: Arm) -> LiveArm:
+        live = replace(live_model(arm.version), scorer=self.scorer)
+        return LiveArm(arm.alias, arm.percent, live, ArmTally(arm.alias, arm.version, self.metrics))
 
     def score(self, cards: int) -> list[tuple[str, str]]:
         """(version, prediction id) of new cards with amounts all over the range."""
@@ -74,6 +83,10 @@ class Trial(Rig):
 
     def moved(self) -> list[tuple[str, str, str]]:
         return [(move.action, move.who, move.summary) for move in self.registry.moved]
+
+
+def fails(p: Any) -> Any:
+    raise RuntimeError("broken weights")
 
 
 @pytest.fixture
@@ -99,9 +112,6 @@ def test_an_arm_like_the_champion_stays(trial: Trial) -> None:
 
 
 def test_failing_calls_take_the_traffic_back(trial: Trial) -> None:
-    def fails(p: Any) -> Any:
-        raise RuntimeError("broken weights")
-
     trial.scorer.bend = fails
     assert {version for _ in range(5) for version, _ in trial.score(20)} == {"1"}
     trial.rollout.tick()
@@ -175,6 +185,31 @@ def test_a_move_by_somebody_else_does_not_save_a_bad_arm(trial: Trial) -> None:
     assert TrafficPolicy.parse(trial.registry.traffic).arms == ()
 
 
+def test_two_bad_arms_leave_in_one_move_that_names_both(trial: Trial) -> None:
+    trial.put_two()
+    trial.scorer.bend = fails
+    for _ in range(5):
+        trial.score(20)
+    trial.rollout.tick()
+    summary = "canary (version 2) 40 % -> 0 %, challenger (version 3) 40 % -> 0 %"
+    assert trial.moved() == [("rollback", "the service", summary)]
+    causes = trial.registry.moved[0].why.split("; challenger: ")
+    assert [cause.count("5 of 5 model calls failed") for cause in causes] == [1, 1]
+    assert TrafficPolicy.parse(trial.registry.traffic).arms == ()
+
+
+def test_a_move_by_somebody_else_saves_neither_of_two_bad_arms(trial: Trial) -> None:
+    policy = trial.put_two()
+    trial.scorer.bend = fails
+    for _ in range(5):
+        trial.score(20)
+    trial.registry.traffic = policy.model_copy(update={"salt": "b2"}).model_dump_json()
+    trial.rollout.tick()
+    assert trial.rollout.withdrawn(trial.registry.traffic) == {"canary", "challenger"}
+    trial.rollout.tick()
+    assert TrafficPolicy.parse(trial.registry.traffic).arms == ()
+
+
 def test_decisions_beside_another_champion_are_not_held_against_an_arm(trial: Trial) -> None:
     rows = trial.score(400)
     trial.label([ident for version, ident in rows if version == "2"][:60], is_fraud=True)
@@ -207,9 +242,6 @@ def test_the_schedule_is_climbed_when_time_and_decisions_are_enough(tmp_path: Pa
 
 
 def test_no_request_fails_while_a_broken_arm_is_found_and_withdrawn(trial: Trial) -> None:
-    def fails(p: Any) -> Any:
-        raise RuntimeError("broken weights")
-
     async def story() -> list[int]:
         async with trial.client() as client:
             trial.scorer.bend = fails

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,6 +215,21 @@ def test_a_withdrawn_arm_is_not_taken_up_again(watched: Watched) -> None:
     assert watched.arms == {}
 
 
+def test_an_arm_that_is_withdrawn_while_another_loads_does_not_serve_again(watched: Watched) -> None:
+    def withdrawn_meanwhile() -> RiskModel:
+        watched.gone = frozenset({"canary"})
+        watched.predictor.reroute(lambda plan: plan.without({"canary"}))
+        return watched._make(5)
+
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 20))
+    watched.add("5", "challenger", content=withdrawn_meanwhile)
+    watched.follow(("canary", "4", 20), ("challenger", "5", 20))
+    assert watched.arms == {"challenger": ("5", 20)}
+    watched.watcher.check()
+    assert watched.arms == {"challenger": ("5", 20)}
+
+
 def test_the_canary_that_becomes_champion_is_not_loaded_again(watched: Watched) -> None:
     watched.add("4", "canary")
     watched.follow(("canary", "4", 100))
@@ -223,6 +238,37 @@ def test_the_canary_that_becomes_champion_is_not_loaded_again(watched: Watched) 
     watched.watcher.check()
     assert (watched.predictor.live.version, watched.arms, len(watched.made)) == ("4", {}, loaded)
     assert watched.alive == 1
+
+
+def test_calls_of_the_last_champion_do_not_count_for_the_next(watched: Watched) -> None:
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 50))
+    first = watched.predictor.plan.tally
+    assert first is not None
+    first.failed()
+    watched.add("5")
+    watched.watcher.check()
+    second = watched.predictor.plan.tally
+    assert second is not None
+    assert (second.version, second.counts().calls) == ("5", 0)
+
+
+def test_a_threshold_moved_while_the_canary_becomes_champion_is_kept(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 50))
+    reroute = watched.predictor.reroute
+
+    def late(change: Callable[[ArmPlan], ArmPlan]) -> None:
+        monkeypatch.setattr(watched.predictor, "reroute", reroute)  # once, before the champion changes
+        reroute(lambda plan: plan.with_threshold("4", 0.01))
+        reroute(change)
+
+    monkeypatch.setattr(watched.predictor, "reroute", late)
+    watched.registry.aliases["champion"] = "4"
+    watched.watcher.check()
+    assert (watched.predictor.live.version, watched.predictor.live.threshold) == ("4", 0.01)
 
 
 def test_a_threshold_moved_while_the_policy_changes_is_kept(watched: Watched) -> None:
