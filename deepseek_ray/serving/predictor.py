@@ -191,8 +191,10 @@ class Predictor:
             return
         self._closed = True
         self.flush()
-        self._commit()
-        self._log.close()
+        try:
+            self._commit()
+        finally:
+            self._log.close()
 
     def _score(self, commands: Sequence[ScoreCommand]) -> list[Result | Exception]:
         arms = self.plan  # read once: a swap never splits a batch
