@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -239,7 +240,6 @@ class Client:
 
     def _find(self) -> tuple[GrpcChannel | None, HttpChannel | None]:
         end = time.monotonic() + self._connect_timeout_s
-        host = self._url.partition("://")[2].rpartition(":")[0]
         http = HttpChannel(self._url, self._api_key)
         try:
             port = http.rpc_port(self._connect_timeout_s / 2)
@@ -248,7 +248,7 @@ class Client:
             return self._rpc_alone(end), None
         if not port or self._url.startswith("https://"):
             return None, http
-        rpc = GrpcChannel(f"{host}:{port}", self._api_key)
+        rpc = GrpcChannel(f"{_host(self._url)}:{port}", self._api_key)
         rpc.wait_ready(end - time.monotonic())
         return rpc, http
 
@@ -259,6 +259,12 @@ class Client:
             rpc.close()
             raise unreachable(self._url, "neither HTTP nor gRPC")
         return rpc
+
+
+def _host(url: str) -> str:
+    """The host as a gRPC target names it; the address may have no port."""
+    host = urlsplit(url).hostname or ""
+    return f"[{host}]" if ":" in host else host
 
 
 def _key(given: str | None) -> str:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deepseek_ray.errors import EnvironmentProblemError
 
 LATEST = "latest"
+_LOCK_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -227,18 +228,31 @@ def finite(tree: Any) -> Any:
 
 
 @contextmanager
-def exclusive(folder: Path, problem: str, fix: str) -> Iterator[None]:
+def exclusive(folder: Path, problem: str, fix: str, *, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
     """Hold a folder's lock for the time being.
+
+    Args:
+        name: the lock's file; a folder may have several.
+        wait_s: how long a holder is given to let go.
 
     Raises:
         EnvironmentProblemError: another process holds it; with the texts given.
     """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EnvironmentProblemError(problem, fix=fix) from error
+    end = time.monotonic() + wait_s
+    with (folder / name).open("w") as lock:
+        while (error := _flock(lock)) is not None:
+            if time.monotonic() >= end:
+                raise EnvironmentProblemError(problem, fix=fix) from error
+            time.sleep(_LOCK_POLL_S)
         yield
+
+
+def _flock(lock: IO[str]) -> OSError | None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
 
 
 def sync(path: Path) -> None:

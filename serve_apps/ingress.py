@@ -11,7 +11,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def _no_password() -> str:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that was free a moment ago."""
-    with closing(socket.socket()) as probe:
+    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
@@ -165,10 +165,13 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Serve waits for it
         self, address: tuple[str, int], http: Mapping[str, Any], factory: Callable[..., Any], *args: Any
     ) -> None:
-        from serve_apps.listener import Listener  # the driver does without uvicorn
+        from serve_apps.listener import Listener, bound  # the driver does without uvicorn
 
         _stay_on_this_machine()
-        self._listener = Listener(factory(*args), *address, **http)
+        with ExitStack() as undo:
+            own = undo.enter_context(bound(*address))  # before anything is opened that a server there may still write
+            self._listener = Listener(factory(*args), own, **http)
+            undo.pop_all()
         await self._listener.ready()
 
     def check_health(self) -> None:

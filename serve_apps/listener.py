@@ -29,19 +29,19 @@ class Listener:
 
     Args:
         application: ASGI, with lifespan events.
-        host: address of this machine.
-        port: a free port.
+        address: a socket from :func:`bound`; closed at the end.
         keep_alive_timeout_s: how long an idle connection stays open.
         tls: ``ssl_certfile``, ``ssl_keyfile`` and other ``ssl_`` settings of ``uvicorn.Config``.
 
     Raises:
-        OSError: the port is taken.
+        OSError: another process listens at the address by now.
     """
 
     def __init__(
-        self, application: Any, host: str, port: int, *, keep_alive_timeout_s: int = KEEP_ALIVE_S, **tls: Any
+        self, application: Any, address: socket.socket, *, keep_alive_timeout_s: int = KEEP_ALIVE_S, **tls: Any
     ) -> None:
-        self._socket = listen(host, port)
+        self._socket = address
+        address.listen(BACKLOG)
         config = uvicorn.Config(
             application,
             http=GuardedProtocol,  # httptools, with limits for slow clients
@@ -99,12 +99,21 @@ class _Server(uvicorn.Server):
         yield  # signals belong to Ray
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; a port whose last owner has just died can be taken at once."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has its address, and does not listen yet: whoever connects early is turned away, not kept waiting.
+
+    A port whose last owner has just died can be taken at once.
+
+    Raises:
+        OSError: the port is taken.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.bind((host, port))
-    made.listen(BACKLOG)
+    try:
+        made.bind((host, port))
+    except OSError:
+        made.close()
+        raise
     made.setblocking(False)
     return made

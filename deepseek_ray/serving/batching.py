@@ -147,9 +147,11 @@ class Batcher(Generic[Item, Result]):
     def _results(self, batch: Sequence[_Waiting[Item, Result]]) -> Sequence[Result | Exception]:
         try:
             results = self._work([waiting.item for waiting in batch])
+            assert len(results) == len(batch), (
+                f"{len(results)} results for {len(batch)} items"
+            )  # the worker outlives it
         except Exception as error:
             return [error] * len(batch)
-        assert len(results) == len(batch), f"{len(results)} results for {len(batch)} items"
         return results
 
     def _run_after(self) -> None:

@@ -54,7 +54,11 @@ class DeferredStore:
         self.blind: set[str] = set()
 
     def fetch(self, keys: Iterable[str]) -> None:
-        """Read what is not at hand in one round trip, so that ``read_states`` of these keys needs none."""
+        """Begin a batch: read what is not at hand in one round trip, so that ``read_states`` of these needs none."""
+        self.blind = set()  # a batch with nothing fresh neither keeps nor discards
+        self._fetch(keys)
+
+    def _fetch(self, keys: Iterable[str]) -> None:
         self._cache.trim()
         missing = self._missing(keys)
         for key, blob in zip(missing, self._store.read_states(missing) if missing else (), strict=True):
@@ -70,7 +74,7 @@ class DeferredStore:
 
     def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
         """Newest blobs, written or not, in the order of the keys."""
-        self.fetch(key for key in keys if key not in self.blind)
+        self._fetch(key for key in keys if key not in self.blind)
         return [None if key in self.blind else self._at_hand(key) for key in keys]
 
     def _at_hand(self, key: str) -> bytes | None:
@@ -101,6 +105,7 @@ class DeferredStore:
         """Make sure that the store answers, then hold nothing that it may lack."""
         self._store.read_states([probe])
         self._kept, self._cache = {}, _Cache(self._cache.max_bytes)
+        self.blind = set()  # what is replayed now must be read and written
 
     def flush(self) -> None:
         """Write what is kept; on an error it stays kept."""

@@ -209,8 +209,10 @@ class Predictor:
             return
         self._closed = True
         self.flush()
-        self._commit()
-        self._log.close()
+        try:
+            self._commit()
+        finally:
+            self._log.close()
 
     def _score(self, commands: Sequence[ScoreCommand], arms: ArmPlan) -> list[Result | Exception]:
         try:

@@ -31,6 +31,8 @@ from deepseek_ray.serving.asgi import AsgiApp, Message, Response, Scope
 
 MAX_TIMEOUT_S = 600.0
 """A longer deadline is not passed on."""
+NOWHERE = "/v1/"
+"""A path that no route has."""
 _ROOM = 64 << 10
 """Bytes of a message beside its payload: a body over the limit still reaches the route, which says so."""
 
@@ -44,6 +46,8 @@ class RpcServer:
         port: port to listen on, 0 for a free one.
         max_body_bytes: of a payload.
         certificate: files of a certificate and its key, None for no encryption.
+        max_calls: open at a time, over all connections; None for any number.
+        idle_s: how long a connection without a call stays open; None for ever.
         grace_s: time that open calls may take after a stop.
     """
 
@@ -55,11 +59,14 @@ class RpcServer:
         *,
         max_body_bytes: int,
         certificate: tuple[str, str] | None = None,
+        max_calls: int | None = None,
+        idle_s: float | None = None,
         grace_s: float = 10.0,
     ) -> None:
         self._app = app
         self._host, self._wanted, self._certificate = host, port, certificate
         self._limit, self._grace_s = max_body_bytes + _ROOM, grace_s
+        self._max_calls, self._idle_s = max_calls, idle_s
         self._server: Any = None
         self._port = 0
 
@@ -74,7 +81,7 @@ class RpcServer:
         Raises:
             EnvironmentProblemError: the port is taken.
         """
-        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", self._limit)])
+        self._server = grpc.aio.server(options=self._options(), maximum_concurrent_rpcs=self._max_calls)
         handler = grpc.unary_unary_rpc_method_handler(
             self._call, request_deserializer=CallRequest.FromString, response_serializer=CallReply.SerializeToString
         )
@@ -88,6 +95,14 @@ class RpcServer:
                 fix="stop the other server, or choose another serving.rpc_port",
             ) from error
         await self._server.start()
+
+    def _options(self) -> list[tuple[str, int]]:
+        options = [("grpc.max_receive_message_length", self._limit)]
+        if self._max_calls is not None:
+            options.append(("grpc.max_concurrent_streams", self._max_calls))
+        if self._idle_s is not None:
+            options.append(("grpc.max_connection_idle_ms", round(1e3 * self._idle_s)))
+        return options
 
     def _bind(self, address: str) -> int:
         if self._certificate is None:
@@ -123,7 +138,7 @@ class RpcServer:
         try:
             return path_of(method)
         except RequestError:
-            return method[:80]  # no route has it: the application answers, after it has seen the key
+            return NOWHERE  # the application answers, after it has seen the key; the name itself may be a route's path
 
 
 def attach(app: AsgiApp, config: ServingConfig) -> None:
@@ -131,7 +146,13 @@ def attach(app: AsgiApp, config: ServingConfig) -> None:
     if config.rpc_port >= 0:
         certificate = (config.tls_certfile, config.tls_keyfile) if config.tls_certfile else None
         app.beside = RpcServer(
-            app, config.host, config.rpc_port, max_body_bytes=config.max_body_bytes, certificate=certificate
+            app,
+            config.host,
+            config.rpc_port,
+            max_body_bytes=config.max_body_bytes,
+            certificate=certificate,
+            max_calls=config.max_connections,
+            idle_s=config.keep_alive_timeout_s,
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
-from deepseek_ray.paths import RunPaths
+from deepseek_ray.paths import RunPaths, exclusive
 from deepseek_ray.registry import Registry, TrafficBook, VersionInfo
 from deepseek_ray.serving import handover
 from deepseek_ray.serving.app import RiskApp, Service
@@ -51,6 +52,9 @@ logger = get_logger(__name__)
 FLUSH_EVERY_S = 1.0
 """Under load; what a crash takes from memory is in the log and is replayed."""
 
+PREDECESSOR_S = 10.0
+"""A replica that is being replaced may take so long to let go of the run."""
+
 REHEARSAL = Transaction(
     transaction_id="rehearsal",
     event_time=datetime(2200, 1, 1, tzinfo=UTC),  # stale to no card, should one have the name
@@ -77,7 +81,7 @@ class RiskService:
         RegistryError: there is no champion, or the registry does not answer, and no last good version is kept.
         ModelFormatError: the champion's files are altered, and no last good version is kept.
         FeatureError: the champion reads a vector that this code does not compute.
-        EnvironmentProblemError: the prediction log cannot be used.
+        EnvironmentProblemError: the prediction log cannot be used, or another service has the run.
     """
 
     def __init__(
@@ -99,11 +103,20 @@ class RiskService:
         self._paths, self._store, self._declaration, self._contract = paths, store, declaration, contract
         self._online_store = online_store
         self._closing = threading.Event()
+        with ExitStack() as held:  # let go at once where the service cannot be made
+            held.enter_context(_alone(paths))
+            self._put_together(info, model, find, config, key)
+            self._held = held.pop_all()
+
+    def _put_together(
+        self, info: VersionInfo, model: RiskModel, find: Callable[[], Registry], config: ServingConfig, key: str
+    ) -> None:
+        paths, contract = self._paths, self._contract
         self.monitor = Monitor()
         self.log = PredictionLog(paths.prediction_log)
         if (before := self.log.last_service()) not in ("", contract.vector.service):
             handover.prepare(paths, self._wanted(contract, before))
-        self.features = LiveFeatures(handover.engine_maker(declaration, contract), store)
+        self.features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store)
         self.recovered = self.features.recover(self.log)
         warm_up(model)
         self._rehearse()
@@ -137,15 +150,16 @@ class RiskService:
             program.start()
 
     def close(self) -> None:
-        """Answer what waits, write what is kept, close the log. Closing twice is closing once."""
-        self._closing.set()
-        self.watcher.close()
-        self.rollout.close()
-        for program in self.companions:
-            program.close()
-        self.batcher.close()
-        self.shadow.close()
-        self.predictor.close()
+        """Answer what waits, write what is kept, close the log, let go of the run. Closing twice is closing once."""
+        with self._held:
+            self._closing.set()
+            self.watcher.close()
+            self.rollout.close()
+            for program in self.companions:
+                program.close()
+            self.batcher.close()
+            self.shadow.close()
+            self.predictor.close()
 
     def _rehearse(self) -> None:
         """Go a request's way through log and feature store, leaving nothing behind: the first one does not pay."""
@@ -233,6 +247,18 @@ class RiskService:
             shutdown=self.close,
             patience=Patience(config.request_timeout_s, config.slo_p99_ms / 1e3, config.max_batch_size),
         )
+
+
+def _alone(paths: RunPaths) -> AbstractContextManager[None]:
+    """Keep other services off the run: each would hold feature states in memory as if it alone wrote them.
+
+    The file is not the folder's usual lock, which a handover takes while the service lives.
+    """
+    folder = paths.last_good.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    problem = f"Another service has the run {str(paths.root)!r} open: feature state and prediction log have one writer."
+    fix = "stop the other service, or serve another run with --run"
+    return exclusive(folder, problem, fix, name=".writer", wait_s=PREDECESSOR_S)
 
 
 class Reopening:

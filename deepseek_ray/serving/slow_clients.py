@@ -27,7 +27,7 @@ class ConnectionLimits:
 
     Attributes:
         header_s: from the connection's start, or from a request's first byte, to the end of its headers.
-        body_s: from there to the end of its body.
+        body_s: from there to the end of its body; and the time in which answers that wait must be read.
         connections: open at a time.
     """
 
@@ -51,6 +51,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._part = self._timed = _IDLE
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first request."""
@@ -65,11 +66,14 @@ class GuardedProtocol(HttpToolsProtocol):
         """Stop the clock."""
         self._part = _IDLE
         self._watch()
+        self._stop_waiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse, then see what is missing."""
         super().data_received(data)
+        if self._part == _IDLE and self.cycle is not None and self.cycle.response_complete:
+            self._part = _HEADERS  # bytes that begin no request, as an empty line, have ended uvicorn's keep-alive
         if self._part != self._timed:
             self._watch()
 
@@ -87,6 +91,26 @@ class GuardedProtocol(HttpToolsProtocol):
         """All of it is."""
         self._part = _IDLE
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """Answers pile up: start the clock of who should read them."""
+        super().pause_writing()
+        self._stop_waiting()
+        self._unread = self.loop.call_later(self.limits.body_s, self._give_up)
+
+    def resume_writing(self) -> None:
+        """They have been read."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _give_up(self) -> None:
+        type(self).refused("slow-reading")
+        self.transport.abort()  # closing would wait for what is not read
 
     def _watch(self) -> None:
         if self._timer is not None:
@@ -151,7 +175,8 @@ def guard(limits: ConnectionLimits, refused: Callable[[str], object] = lambda re
     """Set the limits of every connection that this process takes with the protocol from now on.
 
     Args:
-        refused: told the reason whenever a connection is ended: slow-headers, slow-body or connections.
+        refused: told the reason whenever a connection is ended: slow-headers, slow-body,
+            slow-reading or connections.
     """
     GuardedProtocol.limits = limits
     GuardedProtocol.refused = staticmethod(refused)

@@ -22,10 +22,11 @@ from deepseek_ray.data.prediction_archive import read_predictions
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.verify import verify_run
 from deepseek_ray.data.windows import load
-from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.errors import EnvironmentProblemError, RegistryUnavailableError
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
 from deepseek_ray.serving import drift_watch
+from deepseek_ray.serving import service as service_module
 from deepseek_ray.serving.service import REHEARSAL, Reopening, RiskService, open_app
 from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run, register_version
 from tests.unit.test_prediction_log import row
@@ -67,6 +68,22 @@ def test_the_log_is_compacted_without_being_asked(service: RiskService, tmp_path
     service.predictor.settle()
     assert [served.values.size for name in ("p1", "p2") if (served := service.log.get(name))] == [0, 0]
     assert read_predictions(RunPaths(tmp_path))["prediction_id"].to_list() == ["p1", "p2"]
+
+
+def test_one_service_at_a_time_has_a_run(service: RiskService, run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "PREDECESSOR_S", 0.1)
+    with pytest.raises(EnvironmentProblemError, match=r"Another service has the run .*--run"):
+        make_service(run, run.registry)
+    service.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(service_module, "warm_up", _fails)
+        with pytest.raises(RuntimeError, match="cannot warm up"):
+            make_service(run, run.registry)
+    make_service(run, run.registry).close()  # neither a service that has closed nor one that failed keeps it
+
+
+def _fails(model: object) -> None:
+    raise RuntimeError("cannot warm up")
 
 
 async def scored(service: RiskService, events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -129,3 +129,16 @@ def test_work_after_a_batch_runs_after_the_answers_and_may_fail() -> None:
     assert asyncio.run(story()) == [1, 2]
     batcher.close()
     assert after == ["ran", "ran"]
+
+
+def test_a_wrong_number_of_results_fails_the_batch_and_the_worker_lives_on() -> None:
+    answers = iter([[], [2]])
+
+    async def story() -> int:
+        with pytest.raises(AssertionError, match="0 results for 1 items"):
+            await batcher.submit(1)
+        return await asyncio.wait_for(batcher.submit(2), 5)
+
+    batcher = Batcher[int, int](lambda items: next(answers), max_batch_size=8, max_queued=8)
+    assert asyncio.run(story()) == 2
+    batcher.close()

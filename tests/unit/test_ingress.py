@@ -110,3 +110,8 @@ def _pem(key: Path, password: bytes) -> bytes:
     loaded = serialization.load_pem_private_key(key.read_bytes(), None)
     locked = serialization.BestAvailableEncryption(password)
     return loaded.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_a_free_port_of_an_address_of_the_sixth_version() -> None:
+    assert ingress.free_port("::1") > 0

@@ -282,10 +282,12 @@ class Flaky(MemoryStore):
 def test_without_the_store_scores_are_degraded_and_later_made_good(tmp_path: Path, caplog: Any) -> None:
     events = stream(40)
     plain = Service(tmp_path / "plain", MemoryStore())
-    play(plain, events)
     store = Flaky()
     service = Service(tmp_path / "flaky", store)
     play(service, events[:20])
+    play(plain, events[:20])
+    for item in events[20:30]:
+        plain.score([item])
     cold = Service(tmp_path / "flaky", store)
     cold.features._store.forget("any")  # nothing is in memory
     clock = iter(range(0, 10_000, 100))
@@ -301,13 +303,36 @@ def test_without_the_store_scores_are_degraded_and_later_made_good(tmp_path: Pat
     (refused,) = cold.predictor.run([FeedbackCommand([label])])
     assert isinstance(refused, FeatureError), "its place in the history is not known"
     store.away = False
-    play(cold, events[30:])
-    assert not cold.features.behind
-    assert not cold.score([event(99, at_s=5_000.0)]).predictions[0].degraded
-    assert store.blobs.keys() == {*plain_states(plain)}
+    for each in (plain, cold):
+        play(each, events[30:])
+        assert not each.features.behind
+        assert not each.score([event(99, at_s=5_000.0)]).predictions[0].degraded
+    assert store.blobs == states_of(plain)
     logged = {row.transaction.transaction_id: row for row in map(cold.log.get, ids_of(cold)) if row}
     assert logged["t20"].feature_digest == "degraded"
     assert logged["t39"].feature_digest == SPEC.digest
+
+
+def test_a_repeat_during_an_outage_does_not_keep_the_replay_from_the_store(tmp_path: Path) -> None:
+    """A batch with nothing fresh says what it does without, and nothing ends that but the next batch."""
+    events = stream(30)
+    plain, store = Service(tmp_path / "plain", MemoryStore()), Flaky()
+    for item in events:
+        plain.score([item])
+    first = Service(tmp_path / "flaky", store)
+    for item in events[:20]:
+        first.score([item])
+    cold = Service(tmp_path / "flaky", store)
+    cold.features._store.forget("any")  # nothing is in memory
+    clock = iter(range(0, 10_000, 100))
+    cold.features._outage = Outage(lambda: next(clock))
+    store.away = True
+    for item in events[20:29]:
+        cold.score([item])
+    assert cold.score([events[28]]).repeated == 1
+    store.away = False
+    cold.score([events[29]])
+    assert store.blobs == states_of(plain)
 
 
 def test_a_store_that_cannot_be_written_costs_no_answer_and_no_event(tmp_path: Path) -> None:
@@ -330,11 +355,11 @@ def test_a_store_that_cannot_be_written_costs_no_answer_and_no_event(tmp_path: P
     np.testing.assert_array_equal(again.values, want.values)
 
 
-def plain_states(service: Service) -> set[str]:
-    """Keys of the states that a service has written."""
+def states_of(service: Service) -> dict[str, bytes]:
+    """The states that a service has written."""
     store = service.features._store._store
     assert isinstance(store, MemoryStore)
-    return {*store.blobs} | {f"{SPEC.service}/card/c1", f"{SPEC.service}/terminal/m1"}
+    return store.blobs
 
 
 def ids_of(service: Service) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from deepseek_ray.errors import EnvironmentProblemError
-from deepseek_ray.paths import RunPaths, mark_latest, resolve_run, runs_root
+from deepseek_ray.paths import RunPaths, exclusive, mark_latest, resolve_run, runs_root
 
 
 def test_latest_moves_to_the_newest_run(tmp_path: Path) -> None:
@@ -54,3 +56,14 @@ def test_a_submitted_job_keeps_its_runs_outside_its_working_dir(
     assert runs_root() == Path("runs")
     monkeypatch.chdir(unpacked)
     assert runs_root() == tmp_path / "home" / "deepseek-ray" / "runs"
+
+
+def test_a_lock_is_waited_for_as_long_as_asked(tmp_path: Path) -> None:
+    held = ExitStack()
+    held.enter_context(exclusive(tmp_path, "", "", name="a"))
+    with exclusive(tmp_path, "", "", name="b"), pytest.raises(EnvironmentProblemError, match="held"):
+        exclusive(tmp_path, "held", "wait", name="a", wait_s=0.01).__enter__()
+    timer = threading.Timer(0.1, held.close)
+    timer.start()
+    with exclusive(tmp_path, "", "", name="a", wait_s=10):
+        timer.join()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_ray.data.events import Feedback, Transaction, to_us
-from deepseek_ray.errors import FeatureError, RequestError
+from deepseek_ray.errors import EnvironmentProblemError, FeatureError, RequestError
 from deepseek_ray.serving import predictor
 from deepseek_ray.serving.commands import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
 from tests.unit.serving_parts import NOW, FakeScorer, Rig, event, live_model, rig
@@ -240,3 +240,18 @@ def test_what_the_archive_holds_is_dropped_some_after_each_batch(
             made.predictor.settle()
             assert held(made) == left
         assert scored(made, event(1, card="c1")).repeated == 1  # still known by its transaction
+
+
+def test_the_log_is_closed_though_its_last_commit_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+
+    def full(*_: object, **__: object) -> None:
+        raise EnvironmentProblemError("disk full")
+
+    with rig(tmp_path) as made, monkeypatch.context() as patch:
+        close = made.log.close
+        patch.setattr(made.log, "commit", full)
+        patch.setattr(made.log, "close", lambda: (close(), closed.append(True)))
+        with pytest.raises(EnvironmentProblemError, match="disk full"):
+            made.predictor.close()
+    assert closed == [True]

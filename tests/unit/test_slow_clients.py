@@ -183,3 +183,37 @@ def test_pipelined_requests_wait_for_each_other(tmp_path: Path) -> None:
 
 def body_of(number: int) -> bytes:
     return json.dumps(body(event(number, card=f"c{number}"))).encode()
+
+
+def test_an_empty_line_after_an_answer_does_not_hold_the_connection(tmp_path: Path) -> None:
+    async def story(port: int) -> None:
+        answer, took_s = await talk(port, request(CONTENT, close=False), b"\r\n", pause_s=0.2)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"HTTP/1.1 408" in answer
+        assert took_s < 2
+
+    tell(tmp_path, story)
+
+
+async def _floods(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with more than any buffer takes."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(64):
+        await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+
+
+def test_who_does_not_read_the_answers_is_cut_off() -> None:
+    reasons: list[str] = []
+    guard(LIMITS, reasons.append)
+
+    async def story() -> None:
+        async with serving(_floods) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            async with asyncio.timeout(5):
+                while not reasons:
+                    await asyncio.sleep(0.02)
+            writer.close()
+
+    asyncio.run(story())
+    assert reasons == ["slow-reading"]
