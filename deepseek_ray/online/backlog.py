@@ -44,6 +44,10 @@ class Backlog:
             told = log.labelled_ids(champion.info.schema.feature_digest, champion.until_us, before_us)
         return len(told - champion.told - self._ledger.ids_set_aside())
 
+    def basis(self) -> str:
+        """What an update would start from: where this is another one, what the gate refused may be asked again."""
+        return f"version {self._registry.version_of(CHAMPION)}, {len(self._ledger.ids_set_aside())} set aside"
+
     def psi(self) -> float | None:
         """Largest population stability index over the features, newest decisions against the champion's training days.
 

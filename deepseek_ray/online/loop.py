@@ -28,6 +28,7 @@ class Waiting(Protocol):
 
     def waiting(self) -> int: ...
     def psi(self) -> float | None: ...
+    def basis(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class State:
         since_s: see ``triggers.Facts``.
         status: "idle", "updating" or "failing".
         message: the last decision, or what went wrong.
+        basis: see ``triggers.Facts``.
         attempts: how many updates ended in each way.
     """
 
@@ -47,6 +49,7 @@ class State:
     message: str = ""
     waiting: int = 0
     psi: float | None = None
+    basis: str = ""
     last: Attempt | None = None
     attempts: Mapping[str, int] = field(default_factory=lambda: {"promoted": 0, "refused": 0, "failed": 0})
 
@@ -87,14 +90,14 @@ class Loop:
         return decision
 
     def _decide(self) -> Decision:
+        basis = self._backlog.basis()  # before the labels: what is set aside in between shows at the next look
         waiting = self._backlog.waiting()
         psi = self._backlog.psi() if waiting >= self._config.drift_labels and self._config.drift_psi else None
         now_s = self._clock()
-        decision = decide(Facts(now_s, self.state.since_s, waiting, psi, self.state.last), self._config)
+        decision = decide(Facts(now_s, self.state.since_s, waiting, psi, self.state.last, basis), self._config)
         status = "failing" if self.state.last and self.state.last.outcome == "failed" else "idle"
-        self._keep(
-            replace(self.state, status=status, message=decision.reason, waiting=waiting, psi=psi, looked_s=now_s)
-        )
+        looked = replace(self.state, waiting=waiting, psi=psi, basis=basis, looked_s=now_s)
+        self._keep(replace(looked, status=status, message=decision.reason))
         return decision
 
     def _update(self, decision: Decision) -> None:
@@ -102,11 +105,11 @@ class Loop:
         begun_s, before = self._clock(), self.state.last
         failures = before.failures + 1 if before is not None and before.outcome == "failed" else 1
         # written down as failed until it has ended: who is killed now backs off like any other
-        pending = Attempt(begun_s, "failed", self.state.waiting, failures)
+        pending = Attempt(begun_s, "failed", self.state.waiting, failures, self.state.basis)
         self._keep(replace(self.state, status="updating", last=pending))
         outcome, message = self._attempt()
         counts = {**self.state.attempts, outcome: self.state.attempts.get(outcome, 0) + 1}
-        last = pending if outcome == "failed" else Attempt(begun_s, outcome, self.state.waiting)
+        last = pending if outcome == "failed" else replace(pending, outcome=outcome, failures=0)
         since_s = self.state.since_s if outcome == "failed" else begun_s
         status = "failing" if outcome == "failed" else "idle"
         log.info("%s: %s", outcome, message)

@@ -62,6 +62,15 @@ def test_labels_wait_until_they_are_counted_or_set_aside(world: tuple[RunPaths, 
     assert backlog.waiting() == told - 3
 
 
+def test_setting_aside_or_a_new_champion_is_another_basis(world: tuple[RunPaths, Versions, Backlog]) -> None:
+    paths, versions, backlog = world
+    seen = [backlog.basis()]
+    Ledger(paths.updates).set_aside(["p1"], "wrong")
+    seen.append(backlog.basis())
+    versions.champion = "2"
+    assert len({*seen, backlog.basis()}) == 3
+
+
 def test_drift_is_measured_from_the_days_that_made_the_champion(world: tuple[RunPaths, Versions, Backlog]) -> None:
     paths, versions, backlog = world
     serve_days(paths, 0, 4)

@@ -20,6 +20,7 @@ class Run:
 
     def __init__(self, file: Path) -> None:
         self.file, self.now, self.labels, self.moved = file, 1_000.0, 0, 0.0
+        self.champion = "1"
         self.ends: list[Outcome] = []
         self.begun: list[float] = []
         self.error: Exception | None = None
@@ -31,6 +32,9 @@ class Run:
 
     def psi(self) -> float | None:
         return self.moved
+
+    def basis(self) -> str:
+        return self.champion
 
     def attempt(self) -> tuple[Outcome, str]:
         self.begun.append(self.now)
@@ -104,6 +108,14 @@ def test_a_refusal_waits_for_other_labels_also_after_a_restart(run: Run) -> None
     run.now += 5.0
     assert not run.loop().look().start
     run.labels = 25
+    assert run.loop().look().start
+
+
+def test_another_champion_is_asked_about_labels_that_were_refused(run: Run) -> None:
+    run.labels, run.ends = 15, ["refused", "promoted"]
+    assert run.loop().look().start
+    run.now += 5.0
+    run.champion = "2"
     assert run.loop().look().start
 
 
