@@ -7,6 +7,7 @@ All that matters is on disk: labels in the log, what was counted in the ledger (
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,12 +82,12 @@ class Loop:
         """Look once, and update if it is time; a problem is told in the state, and the next look tries again."""
         try:
             decision = self._decide()
-        except DeepseekRayError as error:
+            if decision.start:
+                self._update(decision)
+        except (DeepseekRayError, OSError, sqlite3.Error) as error:  # a full disk, a log that is locked: they pass
             log.error("%s", error)
             self._keep(replace(self.state, status="failing", message=str(error), looked_s=self._clock()))
             return Decision(False, str(error))
-        if decision.start:
-            self._update(decision)
         return decision
 
     def _decide(self) -> Decision:
@@ -116,9 +117,13 @@ class Loop:
         self._keep(replace(self.state, status=status, message=message, last=last, attempts=counts, since_s=since_s))
 
     def _keep(self, state: State) -> None:
+        """Waits hold in memory too: a state that cannot be written is told and not the end."""
         self.state = state
-        replace_text(self._file, json.dumps(finite(asdict(state)), indent=2) + "\n")
-        write_to_textfile(str(self._file.with_suffix(".prom")), _metrics(state))
+        try:
+            replace_text(self._file, json.dumps(finite(asdict(state)), indent=2) + "\n")
+            write_to_textfile(str(self._file.with_suffix(".prom")), _metrics(state))
+        except OSError as error:
+            log.error("%s cannot be written: %s", self._file, error)
 
 
 def _read(file: Path) -> State | None:

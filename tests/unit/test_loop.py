@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from deepseek_ray.config import UpdaterConfig
 from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.online import loop as loop_module
 from deepseek_ray.online.loop import Loop
 from deepseek_ray.online.triggers import Outcome
 
@@ -119,12 +122,38 @@ def test_another_champion_is_asked_about_labels_that_were_refused(run: Run) -> N
     assert run.loop().look().start
 
 
-def test_a_registry_that_is_away_is_told_and_not_the_end(run: Run) -> None:
-    run.error = RegistryUnavailableError("The store does not answer.", fix="start it")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RegistryUnavailableError("The store does not answer.", fix="start it"),
+        sqlite3.OperationalError("database or disk is full"),
+        OSError(errno.ENOSPC, "no space"),
+    ],
+)
+def test_what_is_away_or_full_is_told_and_not_the_end(run: Run, error: Exception) -> None:
+    run.error = error
     loop = run.loop()
     assert not loop.look().start
     assert (run.shown()["status"], run.begun) == ("failing", [])
     run.error, run.labels, run.ends = None, 10, ["promoted"]
+    assert loop.look().start
+
+
+def test_an_update_that_cannot_start_is_tried_again_also_where_no_state_can_be_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    run.labels, run.ends = 10, ["promoted"]
+    loop = Loop(run, CONFIG, full, run.file, lambda: run.now)  # type: ignore[arg-type]
+    with monkeypatch.context() as disk:
+        disk.setattr(loop_module, "replace_text", full)
+        assert not loop.look().start
+    assert not loop.look().start
+    assert "backing off" in str(run.shown()["message"])
+    monkeypatch.setattr(loop, "_attempt", run.attempt)
+    run.now += 10.0
     assert loop.look().start
 
 
