@@ -61,7 +61,8 @@ class Loop:
     Args:
         backlog: of the run.
         config: triggers and waits.
-        attempt: runs one update to its end; returns how it ended and what it said last.
+        attempt: runs one update to its end; returns how it ended and what it said last, or None when it was cut
+            short because the updater stops.
         file: where the state is kept; ``.prom`` beside it holds the same as Prometheus text.
         clock: seconds since 1970.
     """
@@ -70,7 +71,7 @@ class Loop:
         self,
         backlog: Waiting,
         config: UpdaterConfig,
-        attempt: Callable[[], tuple[Outcome, str]],
+        attempt: Callable[[], tuple[Outcome, str] | None],
         file: Path,
         clock: Callable[[], float],
     ) -> None:
@@ -108,7 +109,11 @@ class Loop:
         # written down as failed until it has ended: who is killed now backs off like any other
         pending = Attempt(begun_s, "failed", self.state.waiting, failures, self.state.basis)
         self._keep(replace(self.state, status="updating", last=pending))
-        outcome, message = self._attempt()
+        ended = self._attempt()
+        if ended is None:  # nobody's failure: the next updater neither waits nor counts it
+            self._keep(replace(self.state, status="idle", message="stopped during an update", last=before))
+            return
+        outcome, message = ended
         counts = {**self.state.attempts, outcome: self.state.attempts.get(outcome, 0) + 1}
         last = pending if outcome == "failed" else replace(pending, outcome=outcome, failures=0)
         since_s = self.state.since_s if outcome == "failed" else begun_s

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from deepseek_ray.errors import RegistryUnavailableError
 from deepseek_ray.online import loop as loop_module
 from deepseek_ray.online.loop import Loop
 from deepseek_ray.online.triggers import Outcome
+from deepseek_ray.paths import RunPaths
+from serve_apps import updater
 
 CONFIG = UpdaterConfig(min_new_labels=10, drift_labels=5, min_gap_s=1.0, retry_s=10.0, retry_max_s=20.0)
 
@@ -103,6 +107,21 @@ def test_who_is_killed_during_an_update_backs_off_and_starts_it_again(run: Run) 
     run.now += 10.0
     assert again.look().start
     assert run.shown()["message"] == "it was promoted"
+
+
+def test_an_update_cut_short_because_the_updater_stops_is_no_failure(run: Run, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+
+    def stopped() -> tuple[Outcome, str] | None:
+        return updater._attempt([sys.executable, "-S", "-c", "import time; time.sleep(60)"], paths, stop)
+
+    paths = RunPaths(tmp_path)
+    paths.updater.mkdir()
+    run.labels, run.ends = 10, ["promoted"]
+    Loop(run, CONFIG, stopped, run.file, lambda: run.now).look()
+    assert (run.shown()["status"], run.shown()["last"]) == ("idle", None)
+    assert run.loop().look().start
 
 
 def test_a_refusal_waits_for_other_labels_also_after_a_restart(run: Run) -> None:
