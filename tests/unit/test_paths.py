@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_ray import paths as files
 from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, mark_latest, resolve_run, runs_root
 
@@ -54,3 +55,15 @@ def test_a_submitted_job_keeps_its_runs_outside_its_working_dir(
     assert runs_root() == Path("runs")
     monkeypatch.chdir(unpacked)
     assert runs_root() == tmp_path / "home" / "deepseek-ray" / "runs"
+
+
+def test_a_text_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    seen: list[tuple[str, bool]] = []
+
+    def note(path: Path) -> None:
+        seen.append((path.read_text() if path.is_file() else path.name, file.exists()))
+
+    monkeypatch.setattr(files, "sync", note)
+    files.replace_text(file, "new")
+    assert seen == [("new", False), (tmp_path.name, True)]
