@@ -211,11 +211,16 @@ def write_stage(paths: RunPaths, stage: str, results: Mapping[str, Any] | Sequen
 
 
 def replace_text(file: Path, text: str, mode: int = 0o666) -> None:
-    """Write a text file, whole or not at all; an older one stays until then. The umask narrows its mode."""
+    """Write a text file, whole or not at all, also when the power goes; an older one stays until then.
+
+    The umask narrows its mode.
+    """
     draft = file.with_name(f".{file.name}-{os.getpid()}")
     draft.touch(mode)
     draft.write_text(text, encoding="utf-8")
+    sync(draft)  # else the name may reach the disk before the words
     os.replace(draft, file)
+    sync(file.parent)
 
 
 def finite(tree: Any) -> Any:

@@ -72,8 +72,8 @@ def _command(paths: RunPaths, options: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", __spec__.name, "--once", f"--run={paths.root}", *url, *settings_arguments(options)]
 
 
-def _attempt(command: Sequence[str], paths: RunPaths, stop: threading.Event) -> tuple[Outcome, str]:
-    """One update in a process of its own; its words go to a file beside the state."""
+def _attempt(command: Sequence[str], paths: RunPaths, stop: threading.Event) -> tuple[Outcome, str] | None:
+    """One update in a process of its own; its words go to a file beside the state. None when told to stop before."""
     file = paths.updater / "update.log"
     with (
         file.open("w", encoding="utf-8") as words,
@@ -86,6 +86,8 @@ def _attempt(command: Sequence[str], paths: RunPaths, stop: threading.Event) -> 
     said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
     outcomes = {status: outcome for outcome, status in EXIT_STATUS.items()}
     outcome = outcomes.get(child.returncode, "failed")
+    if outcome == "failed" and stop.is_set():
+        return None
     return outcome, said[0] if outcome != "failed" else f"status {child.returncode}: {said[0]}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,7 @@ class RiskDataset:
         days = np.unique(self.day)
         if len(days) < 2:
             raise DataError(f"{len(self)} rows of {len(days)} day(s) cannot be split.", fix="give two days or more")
-        tail = min(len(days) - 1, max(1, round(fraction * len(days))))
-        first = days[-tail]
+        first = tail_start(days.tolist(), fraction)
         return self.select(self.day < first), self.select(self.day >= first)
 
     def concat(self, other: RiskDataset) -> RiskDataset:
@@ -175,3 +175,8 @@ class RiskDataset:
                 return cls(**{name: stored.get_tensor(name) for name in _TYPES}, feature_names=names)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"Dataset {str(path)!r} cannot be read: {error}.", fix="build it again") from error
+
+
+def tail_start(days: Sequence[int], fraction: float) -> int:
+    """First day of the tail that ``split_tail`` cuts off; ``days`` are two or more, each once, in order."""
+    return days[-min(len(days) - 1, max(1, round(fraction * len(days))))]

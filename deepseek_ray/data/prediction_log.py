@@ -298,6 +298,13 @@ class PredictionLog:
         )
         return {row[0] for row in self._db.execute(query, (feature_digest, after_us, before_us))}
 
+    def times_of(self, feature_digest: str, after_us: int, before_us: int) -> dict[str, int]:
+        """``order_us`` by id of the decisions served from a vector, with ``after_us < order_us < before_us``."""
+        query = (
+            "SELECT prediction_id, order_us FROM predictions WHERE feature_digest = ? AND order_us > ? AND order_us < ?"
+        )
+        return dict(self._db.execute(query, (feature_digest, after_us, before_us)))
+
     def set_threshold(self, model_version: str, threshold: float, logged_us: int) -> None:
         """Record a version's decision threshold; the history stays."""
         try:

@@ -8,12 +8,12 @@ import numpy as np
 import polars as pl
 
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.datasets import DAY_US, RiskDataset, tail_start
 from deepseek_ray.data.prediction_archive import read_newest, stack_values
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.served import mature_before, matured_rows
 from deepseek_ray.online.drift import Reference, compare_all
-from deepseek_ray.online.intake import root_until
+from deepseek_ray.online.intake import end_of_day, root_until
 from deepseek_ray.online.ledger import Ledger
 from deepseek_ray.online.watch import CALENDAR
 from deepseek_ray.paths import RunPaths
@@ -35,14 +35,29 @@ class Backlog:
         self._champion: _Champion | None = None
 
     def waiting(self) -> int:
-        """Labels that came in, are old enough, and are neither counted in the champion nor set aside."""
+        """Labels that an update would train on now.
+
+        They came in, are old enough, and are neither counted in the champion nor set aside. Those of the newest days
+        judge and do not train: they wait for later days, and an update for their sake could only fail.
+        """
         if not self._paths.prediction_log.exists():
             return 0
         champion = self._present()
         with closing(PredictionLog(self._paths.prediction_log, read_only=True)) as log:
             before_us = mature_before(log.horizon()[0], self._config.data.label_delay_days)
-            told = log.labelled_ids(champion.info.schema.feature_digest, champion.until_us, before_us)
-        return len(told - champion.told - self._ledger.ids_set_aside())
+            digest = champion.info.schema.feature_digest
+            told = log.labelled_ids(digest, champion.until_us, before_us)
+            times = log.times_of(digest, champion.trained_us, before_us)
+        aside = self._ledger.ids_set_aside()
+        days = {name: at // DAY_US for name, at in times.items() if name not in champion.counted and name not in aside}
+        if len(distinct := sorted(set(days.values()))) < 2:
+            return 0
+        judging = tail_start(distinct, self._config.update.holdout_fraction)
+        return len(told - champion.told - aside - {name for name, day in days.items() if day >= judging})
+
+    def basis(self) -> str:
+        """What an update would start from: where this is another one, what the gate refused may be asked again."""
+        return f"version {self._registry.version_of(CHAMPION)}, {len(self._ledger.ids_set_aside())} set aside"
 
     def psi(self) -> float | None:
         """Largest population stability index over the features, newest decisions against the champion's training days.
@@ -83,7 +98,9 @@ class _Champion:
     def __init__(self, info: VersionInfo, ledger: Ledger, registry: Registry, rows: RiskDataset) -> None:
         self.info = info
         self.until_us = root_until(info.version, ledger, registry)
-        self.told = {name for name, one in ledger.counted(info.version).items() if one.told}
+        self.trained_us = max(self.until_us, end_of_day(info.tags["train_end"]))
+        self.counted = ledger.counted(info.version)
+        self.told = {name for name, one in self.counted.items() if one.told}
         spread = rows.features.std(axis=0)
         varying = [name for name, width in zip(rows.feature_names, spread, strict=True) if width > 0]
         self.columns = {name: rows.feature_names.index(name) for name in varying if not name.startswith(CALENDAR)}

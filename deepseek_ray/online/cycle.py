@@ -18,7 +18,7 @@ from deepseek_ray.client import RiskClient
 from deepseek_ray.config import Config
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.served import matured
-from deepseek_ray.errors import ServingError
+from deepseek_ray.errors import DeepseekRayError
 from deepseek_ray.online.intake import Intake, keep_memory, take_in
 from deepseek_ray.online.ledger import Ledger
 from deepseek_ray.online.threshold import THRESHOLD_TAG, policy_threshold
@@ -67,16 +67,18 @@ def _update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: 
     refusal = registry.offer(info.version, decision)
     if not refusal:
         keep(registry, info, intake, config, paths)
-        if url:
-            asyncio.run(_await_swap(url, info.version))
     stage = {
         "champion_version": champion.version, "challenger_version": info.version, "promoted": not refusal,
         "refusal": refusal, "strategy": config.update.strategy, "threshold": float(info.tags[THRESHOLD_TAG]),
         "checks": [asdict(check) for check in decision.checks], "mlflow_run_id": run.run_id,
         "tracking_uri": registry.tracking.shown_uri, "seconds_label_to_live": time.perf_counter() - start,
         "rows_new": made.num_new, "rows_replayed": made.num_replayed, "rows_holdout": len(intake.held_out),
-        "rows_corrected": intake.num_late, "trained_until_us": int(intake.held_out.order_us.max()),
+        "rows_corrected": intake.num_late, "trained_until_us": int(intake.held_out.order_us.max()), "note": "",
     }  # fmt: skip
+    write_stage(paths, "update", stage)  # before the wait: the promotion stands, whatever the service does
+    if url and not refusal:
+        note = asyncio.run(_await_swap(url, info.version))
+        stage |= {"note": note, "seconds_label_to_live": time.perf_counter() - start}
     _log(paths, run, stage, made)
     return stage
 
@@ -110,13 +112,18 @@ def keep(registry: Registry, info: VersionInfo, intake: Intake, config: Config, 
     keep_memory(intake.memory, info.version, paths, set(filter(None, [registry.version_of(PREVIOUS)])))
 
 
-async def _await_swap(url: str, version: str) -> None:
-    async with RiskClient(url) as client:
-        give_up = time.monotonic() + SWAP_TIMEOUT_S
-        while (live := (await client.model())["model_version"]) != version:
-            if time.monotonic() > give_up:
-                raise ServingError(f"{url} still answers with version {live}.", fix="see the service's log")
-            await asyncio.sleep(0.2)
+async def _await_swap(url: str, version: str) -> str:
+    """Wait until the service answers with the version; a note where it does not, because the promotion stands."""
+    try:
+        async with RiskClient(url) as client:
+            give_up = time.monotonic() + SWAP_TIMEOUT_S
+            while (live := (await client.model())["model_version"]) != version:
+                if time.monotonic() > give_up:
+                    return f"{url} still answers with version {live}, see the service's log"
+                await asyncio.sleep(0.2)
+    except DeepseekRayError as error:
+        return f"it is not known whether {url} answers with version {version}: {error}"
+    return ""
 
 
 def _log(paths: RunPaths, run: Run, stage: dict[str, Any], made: UpdateResult) -> None:
@@ -126,4 +133,5 @@ def _log(paths: RunPaths, run: Run, stage: dict[str, Any], made: UpdateResult) -
     run.log_dict(stage, "update.json")
     write_stage(paths, "update", stage)
     verdict = "promoted" if stage["promoted"] else "refused"
-    print(f"version {stage['challenger_version']} {verdict} after {stage['seconds_label_to_live']:.1f} s")
+    note = f"; {stage['note']}" if stage["note"] else ""
+    print(f"version {stage['challenger_version']} {verdict} after {stage['seconds_label_to_live']:.1f} s{note}")

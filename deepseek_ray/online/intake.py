@@ -85,8 +85,12 @@ def root_until(version: str, ledger: Ledger, registry: Registry) -> int:
     descent = ledger.descent(version)
     if descent.root_until_us is not None:
         return descent.root_until_us
-    day = int(np.datetime64(registry.get(descent.root).tags["train_end"], "D").astype(np.int64))
-    return (day + 1) * DAY_US - 1
+    return end_of_day(registry.get(descent.root).tags["train_end"])
+
+
+def end_of_day(day: str) -> int:
+    """Last microsecond of a day in ISO 8601."""
+    return (int(np.datetime64(day, "D").astype(np.int64)) + 1) * DAY_US - 1
 
 
 def memory_of(version: str, served: Matured, ledger: Ledger, root: Root) -> Reservoir:

@@ -7,6 +7,7 @@ All that matters is on disk: labels in the log, what was counted in the ledger (
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ class Waiting(Protocol):
 
     def waiting(self) -> int: ...
     def psi(self) -> float | None: ...
+    def basis(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class State:
         since_s: see ``triggers.Facts``.
         status: "idle", "updating" or "failing".
         message: the last decision, or what went wrong.
+        basis: see ``triggers.Facts``.
         attempts: how many updates ended in each way.
     """
 
@@ -47,6 +50,7 @@ class State:
     message: str = ""
     waiting: int = 0
     psi: float | None = None
+    basis: str = ""
     last: Attempt | None = None
     attempts: Mapping[str, int] = field(default_factory=lambda: {"promoted": 0, "refused": 0, "failed": 0})
 
@@ -57,7 +61,8 @@ class Loop:
     Args:
         backlog: of the run.
         config: triggers and waits.
-        attempt: runs one update to its end; returns how it ended and what it said last.
+        attempt: runs one update to its end; returns how it ended and what it said last, or None when it was cut
+            short because the updater stops.
         file: where the state is kept; ``.prom`` beside it holds the same as Prometheus text.
         clock: seconds since 1970.
     """
@@ -66,7 +71,7 @@ class Loop:
         self,
         backlog: Waiting,
         config: UpdaterConfig,
-        attempt: Callable[[], tuple[Outcome, str]],
+        attempt: Callable[[], tuple[Outcome, str] | None],
         file: Path,
         clock: Callable[[], float],
     ) -> None:
@@ -78,23 +83,23 @@ class Loop:
         """Look once, and update if it is time; a problem is told in the state, and the next look tries again."""
         try:
             decision = self._decide()
-        except DeepseekRayError as error:
+            if decision.start:
+                self._update(decision)
+        except (DeepseekRayError, OSError, sqlite3.Error) as error:  # a full disk, a log that is locked: they pass
             log.error("%s", error)
             self._keep(replace(self.state, status="failing", message=str(error), looked_s=self._clock()))
             return Decision(False, str(error))
-        if decision.start:
-            self._update(decision)
         return decision
 
     def _decide(self) -> Decision:
+        basis = self._backlog.basis()  # before the labels: what is set aside in between shows at the next look
         waiting = self._backlog.waiting()
         psi = self._backlog.psi() if waiting >= self._config.drift_labels and self._config.drift_psi else None
         now_s = self._clock()
-        decision = decide(Facts(now_s, self.state.since_s, waiting, psi, self.state.last), self._config)
+        decision = decide(Facts(now_s, self.state.since_s, waiting, psi, self.state.last, basis), self._config)
         status = "failing" if self.state.last and self.state.last.outcome == "failed" else "idle"
-        self._keep(
-            replace(self.state, status=status, message=decision.reason, waiting=waiting, psi=psi, looked_s=now_s)
-        )
+        looked = replace(self.state, waiting=waiting, psi=psi, basis=basis, looked_s=now_s)
+        self._keep(replace(looked, status=status, message=decision.reason))
         return decision
 
     def _update(self, decision: Decision) -> None:
@@ -102,20 +107,28 @@ class Loop:
         begun_s, before = self._clock(), self.state.last
         failures = before.failures + 1 if before is not None and before.outcome == "failed" else 1
         # written down as failed until it has ended: who is killed now backs off like any other
-        pending = Attempt(begun_s, "failed", self.state.waiting, failures)
+        pending = Attempt(begun_s, "failed", self.state.waiting, failures, self.state.basis)
         self._keep(replace(self.state, status="updating", last=pending))
-        outcome, message = self._attempt()
+        ended = self._attempt()
+        if ended is None:  # nobody's failure: the next updater neither waits nor counts it
+            self._keep(replace(self.state, status="idle", message="stopped during an update", last=before))
+            return
+        outcome, message = ended
         counts = {**self.state.attempts, outcome: self.state.attempts.get(outcome, 0) + 1}
-        last = pending if outcome == "failed" else Attempt(begun_s, outcome, self.state.waiting)
+        last = pending if outcome == "failed" else replace(pending, outcome=outcome, failures=0)
         since_s = self.state.since_s if outcome == "failed" else begun_s
         status = "failing" if outcome == "failed" else "idle"
         log.info("%s: %s", outcome, message)
         self._keep(replace(self.state, status=status, message=message, last=last, attempts=counts, since_s=since_s))
 
     def _keep(self, state: State) -> None:
+        """Waits hold in memory too: a state that cannot be written is told and not the end."""
         self.state = state
-        replace_text(self._file, json.dumps(finite(asdict(state)), indent=2) + "\n")
-        write_to_textfile(str(self._file.with_suffix(".prom")), _metrics(state))
+        try:
+            replace_text(self._file, json.dumps(finite(asdict(state)), indent=2) + "\n")
+            write_to_textfile(str(self._file.with_suffix(".prom")), _metrics(state))
+        except OSError as error:
+            log.error("%s cannot be written: %s", self._file, error)
 
 
 def _read(file: Path) -> State | None:

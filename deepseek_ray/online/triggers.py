@@ -22,12 +22,14 @@ class Attempt:
         outcome: how it ended.
         waiting: labels that were waiting when it began.
         failures: failed attempts in a row, this one included.
+        basis: see :class:`Facts`.
     """
 
     at_s: float
     outcome: Outcome
     waiting: int
     failures: int = 0
+    basis: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Facts:
         waiting: usable labels that the champion has not been trained on.
         psi: largest population stability index of a feature; None where it is not known.
         last: the last attempt, None before the first.
+        basis: what an update would start from, the champion and how many decisions are set aside.
     """
 
     now_s: float
@@ -48,6 +51,7 @@ class Facts:
     waiting: int
     psi: float | None = None
     last: Attempt | None = None
+    basis: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,10 @@ def decide(facts: Facts, config: UpdaterConfig) -> Decision:
 
     A failure takes no label: the trigger that started it holds until the wait is over.
 
-    A refusal by the gate takes no label: the same ones would be refused again, so only those that came since count.
+    A refusal by the gate takes no label: the same ones would be refused again, so only those that came since count,
+    until another champion, or labels set aside, make it another question.
     """
-    fresh = facts.waiting - _refused(facts.last)
+    fresh = facts.waiting - _refused(facts)
     if (left := not_before(facts.last, config) - facts.now_s) > 0:
         failed = facts.last is not None and facts.last.outcome == "failed"
         return Decision(False, f"{'backing off' if failed else 'too soon'} for {left:.0f} s more", fresh)
@@ -99,5 +104,9 @@ def not_before(last: Attempt | None, config: UpdaterConfig) -> float:
     return last.at_s + min(config.retry_s * 2.0**doublings, config.retry_max_s)
 
 
-def _refused(last: Attempt | None) -> int:
-    return last.waiting if last is not None and last.outcome == "refused" else 0
+def _refused(facts: Facts) -> int:
+    """Labels not to ask the gate about again."""
+    last = facts.last
+    if last is None or last.outcome != "refused" or last.basis != facts.basis:
+        return 0
+    return last.waiting

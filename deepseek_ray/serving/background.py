@@ -6,16 +6,17 @@ A process and not a thread: what it does holds the interpreter for longer than a
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from deepseek_ray.errors import DeepseekRayError
-
 _POLL_S = 0.2
+_KILL_AFTER_S = 5.0
 
 
 class BackgroundProgram(ABC):
@@ -63,7 +64,7 @@ class BackgroundProgram(ABC):
         while not self._stop.wait(self._every_s):
             try:
                 self._once()
-            except (OSError, ValueError, DeepseekRayError):
+            except Exception:  # whatever it is: the thread must outlive it, or there is no next time
                 self.failed()
                 self._log.exception("%s failed, trying again in %g s", self._name, self._every_s)
 
@@ -81,10 +82,14 @@ class BackgroundProgram(ABC):
 
     def _listen(self, child: subprocess.Popen[str]) -> tuple[str, str]:
         told: str | None = self.told()
+        kill_at = math.inf
         while True:
             try:
                 return child.communicate(told, timeout=_POLL_S)
             except subprocess.TimeoutExpired:
                 told = None  # the first call has it
-                if self._stop.is_set():
+                if time.monotonic() >= kill_at:
+                    child.kill()  # it does not end when asked; nobody is to wait for it
+                elif self._stop.is_set() and kill_at == math.inf:
                     child.terminate()
+                    kill_at = time.monotonic() + _KILL_AFTER_S

@@ -16,7 +16,7 @@ from pathlib import Path
 from deepseek_ray.errors import ModelFormatError, RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
-from deepseek_ray.paths import replace_text
+from deepseek_ray.paths import replace_text, sync
 from deepseek_ray.registry import Registry, VersionInfo, load_package
 from deepseek_ray.registry.package import MANIFEST
 from deepseek_ray.serving.champion import champion_version, load_version
@@ -51,6 +51,8 @@ class LastGood:
         self._folder.mkdir(parents=True, exist_ok=True)
         copy = self._folder / f"{info.version}-{time.time_ns():x}-{os.getpid()}"
         shutil.copytree(info.path, copy)
+        for one in [copy, *copy.rglob("*")]:
+            sync(one)  # before it is pointed at: the older copy goes
         note = {"name": info.name, "version": info.version, "run_id": info.run_id, "folder": copy.name}
         text = json.dumps({**note, "tags": {key: info.tags[key] for key in ("threshold",) if key in info.tags}})
         replace_text(self._folder / CURRENT, text)

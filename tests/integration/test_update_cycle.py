@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -44,6 +45,22 @@ def run(tmp_path: Path) -> tuple[RunPaths, Registry]:
     paths, registry = update_run.make_run(tmp_path / "run")
     serve_days(paths, 0, 10)
     return paths, registry
+
+
+class Behind:
+    """A client of a service that keeps its version."""
+
+    def __init__(self, url: str) -> None:
+        pass
+
+    async def __aenter__(self) -> Behind:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        pass
+
+    async def model(self) -> dict[str, str]:
+        return {"model_version": "1"}
 
 
 def check_account(paths: RunPaths, registry: Registry) -> tuple[str, int]:
@@ -92,6 +109,18 @@ def test_an_update_counts_each_label_once_and_the_next_one_goes_on(run: tuple[Ru
     assert Reservoir.load(intake.memory_file(paths, "2")).seen == kept.seen  # a rollback would need it
     registry.rollback()
     assert check_account(paths, registry) == ("2", counted)
+
+
+def test_a_service_that_does_not_swap_is_a_note_and_no_failure(
+    run: tuple[RunPaths, Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, registry = run
+    monkeypatch.setattr(cycle, "RiskClient", Behind)
+    monkeypatch.setattr(cycle, "SWAP_TIMEOUT_S", -1.0)
+    stage = cycle.update(make_config(), paths, registry, "http://it")
+    assert (stage["promoted"], registry.version_of(CHAMPION)) == (True, "2")
+    assert "still answers with version 1" in stage["note"]
+    assert json.loads((paths.results / "update.json").read_text())["note"] == stage["note"]
 
 
 def test_a_memory_that_is_lost_is_made_again(run: tuple[RunPaths, Registry]) -> None:

@@ -24,13 +24,13 @@ class Versions:
     """A registry whose champion can be set."""
 
     def __init__(self) -> None:
-        self.champion = "1"
+        self.champion, self.train_end = "1", "1970-03-05"
 
     def version_of(self, alias: str) -> str:
         return self.champion
 
     def get(self, version: str) -> Any:
-        days = {"train_start": "1970-03-02", "train_end": "1970-03-05" if self.champion != "1" else "1970-02-03"}
+        days = {"train_start": "1970-03-02", "train_end": self.train_end if self.champion != "1" else "1970-02-03"}
         number = self.champion if version == "champion" else version
         return SimpleNamespace(version=number, schema=SCHEMA, tags=days)
 
@@ -49,8 +49,8 @@ def test_without_a_log_nothing_waits(world: tuple[RunPaths, Versions, Backlog]) 
 
 def test_labels_wait_until_they_are_counted_or_set_aside(world: tuple[RunPaths, Versions, Backlog]) -> None:
     paths, versions, backlog = world
-    serve_days(paths, 0, 5)  # the last two days and the one before them are not old enough, or not over
-    ready = [f"p{number}" for number in range(80)]
+    serve_days(paths, 0, 6)  # the last two days and the one before them are not old enough, or not over
+    ready = [f"p{number}" for number in range(40, 80)]  # of the second day; the third would judge
     told = backlog.waiting()
     assert 60 <= told <= 80
     ledger = Ledger(paths.updates)
@@ -58,8 +58,28 @@ def test_labels_wait_until_they_are_counted_or_set_aside(world: tuple[RunPaths, 
     assert backlog.waiting() == told - 1
     ledger.write("2", "1", {name: Counted(False, True) for name in ready[1:4]}, run_id="r", root_until_us=1)
     assert backlog.waiting() == told - 1  # noted, but not champion
-    versions.champion = "2"
+    versions.champion, versions.train_end = "2", "1970-03-02"
     assert backlog.waiting() == told - 3
+
+
+def test_the_days_that_judged_wait_for_later_ones(world: tuple[RunPaths, Versions, Backlog]) -> None:
+    paths, versions, backlog = world
+    serve_days(paths, 0, 5)
+    taken = {f"p{number}": Counted(False, True) for number in range(40)}
+    Ledger(paths.updates).write("2", "1", taken, run_id="r", root_until_us=1)
+    versions.champion, versions.train_end = "2", "1970-03-02"
+    assert backlog.waiting() == 0  # an update could not split the one day that is left
+    serve_days(paths, 5, 1)
+    assert 30 <= backlog.waiting() <= 40
+
+
+def test_setting_aside_or_a_new_champion_is_another_basis(world: tuple[RunPaths, Versions, Backlog]) -> None:
+    paths, versions, backlog = world
+    seen = [backlog.basis()]
+    Ledger(paths.updates).set_aside(["p1"], "wrong")
+    seen.append(backlog.basis())
+    versions.champion = "2"
+    assert len({*seen, backlog.basis()}) == 3
 
 
 def test_drift_is_measured_from_the_days_that_made_the_champion(world: tuple[RunPaths, Versions, Backlog]) -> None:

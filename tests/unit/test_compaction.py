@@ -11,7 +11,7 @@ import pytest
 from deepseek_ray.data import prediction_archive as archive
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.paths import RunPaths, exclusive
-from deepseek_ray.serving import compaction
+from deepseek_ray.serving import background, compaction
 from deepseek_ray.serving.compaction import Compactor
 from tests.unit.test_prediction_log import label, row
 
@@ -78,6 +78,30 @@ def test_closing_does_not_wait_for_a_long_one(paths: RunPaths) -> None:
     compactor.close()
     assert time.monotonic() - start < 5
     assert not compactor._thread.is_alive()
+
+
+def test_one_that_does_not_end_when_asked_is_killed(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_KILL_AFTER_S", 0.1)
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[1] + '/started', 'w').close()"
+    compactor = Compactor(paths, 0.01, ignore, program=["-c", f"{deaf}; time.sleep(60)"])
+    compactor.start()
+    await_until((paths.root / "started").exists)
+    compactor.close(5.0)
+    assert not compactor._thread.is_alive()
+
+
+def test_no_error_ends_the_schedule(paths: RunPaths) -> None:
+    told: list[int] = []
+
+    def stumble(last: int) -> None:
+        told.append(last)
+        raise KeyError(last)
+
+    PredictionLog(paths.prediction_log).close()
+    compactor = Compactor(paths, 0.01, stumble, program=["-S", "-c", ""])
+    compactor.start()
+    await_until(lambda: len(told) >= 2)
+    compactor.close()
 
 
 def test_beside_another_compaction_it_is_one_line(

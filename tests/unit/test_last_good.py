@@ -12,6 +12,7 @@ from deepseek_ray.errors import ModelFormatError, RegistryError, RegistryUnavail
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema
 from deepseek_ray.registry.package import Probes, write_package
+from deepseek_ray.serving import last_good as module
 from deepseek_ray.serving.last_good import CURRENT, LastGood, start_version
 from serve_apps import risk
 from tests.unit.registry_parts import FakeRegistry, model
@@ -99,3 +100,16 @@ def test_one_copy_is_kept_and_only_a_new_version_is_copied(kept: tuple[LastGood,
     last_good.keep(registry.get("8"))
     assert [path.name.split("-")[0] for path in last_good._folder.glob("*-*")] == ["8"]
     assert json.loads((last_good._folder / CURRENT).read_text())["version"] == "8"
+
+
+def test_a_copy_is_on_disk_before_it_is_pointed_at(
+    tmp_path: Path, kept: tuple[LastGood, FakeRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(module, "sync", synced.append)
+    monkeypatch.setattr(module, "replace_text", lambda file, text: synced.append(file))
+    folder = tmp_path / "other"
+    LastGood(folder).keep(kept[1].get("7"))
+    copy = next(one for one in folder.iterdir() if one.is_dir())
+    assert synced[-1] == folder / CURRENT
+    assert set(synced[:-1]) == {copy, *copy.rglob("*")}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from deepseek_ray.config import UpdaterConfig
 from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.online import loop as loop_module
 from deepseek_ray.online.loop import Loop
 from deepseek_ray.online.triggers import Outcome
+from deepseek_ray.paths import RunPaths
+from serve_apps import updater
 
 CONFIG = UpdaterConfig(min_new_labels=10, drift_labels=5, min_gap_s=1.0, retry_s=10.0, retry_max_s=20.0)
 
@@ -20,6 +27,7 @@ class Run:
 
     def __init__(self, file: Path) -> None:
         self.file, self.now, self.labels, self.moved = file, 1_000.0, 0, 0.0
+        self.champion = "1"
         self.ends: list[Outcome] = []
         self.begun: list[float] = []
         self.error: Exception | None = None
@@ -31,6 +39,9 @@ class Run:
 
     def psi(self) -> float | None:
         return self.moved
+
+    def basis(self) -> str:
+        return self.champion
 
     def attempt(self) -> tuple[Outcome, str]:
         self.begun.append(self.now)
@@ -98,6 +109,21 @@ def test_who_is_killed_during_an_update_backs_off_and_starts_it_again(run: Run) 
     assert run.shown()["message"] == "it was promoted"
 
 
+def test_an_update_cut_short_because_the_updater_stops_is_no_failure(run: Run, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+
+    def stopped() -> tuple[Outcome, str] | None:
+        return updater._attempt([sys.executable, "-S", "-c", "import time; time.sleep(60)"], paths, stop)
+
+    paths = RunPaths(tmp_path)
+    paths.updater.mkdir()
+    run.labels, run.ends = 10, ["promoted"]
+    Loop(run, CONFIG, stopped, run.file, lambda: run.now).look()
+    assert (run.shown()["status"], run.shown()["last"]) == ("idle", None)
+    assert run.loop().look().start
+
+
 def test_a_refusal_waits_for_other_labels_also_after_a_restart(run: Run) -> None:
     run.labels, run.ends = 15, ["refused", "promoted"]
     assert run.loop().look().start
@@ -107,12 +133,46 @@ def test_a_refusal_waits_for_other_labels_also_after_a_restart(run: Run) -> None
     assert run.loop().look().start
 
 
-def test_a_registry_that_is_away_is_told_and_not_the_end(run: Run) -> None:
-    run.error = RegistryUnavailableError("The store does not answer.", fix="start it")
+def test_another_champion_is_asked_about_labels_that_were_refused(run: Run) -> None:
+    run.labels, run.ends = 15, ["refused", "promoted"]
+    assert run.loop().look().start
+    run.now += 5.0
+    run.champion = "2"
+    assert run.loop().look().start
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RegistryUnavailableError("The store does not answer.", fix="start it"),
+        sqlite3.OperationalError("database or disk is full"),
+        OSError(errno.ENOSPC, "no space"),
+    ],
+)
+def test_what_is_away_or_full_is_told_and_not_the_end(run: Run, error: Exception) -> None:
+    run.error = error
     loop = run.loop()
     assert not loop.look().start
     assert (run.shown()["status"], run.begun) == ("failing", [])
     run.error, run.labels, run.ends = None, 10, ["promoted"]
+    assert loop.look().start
+
+
+def test_an_update_that_cannot_start_is_tried_again_also_where_no_state_can_be_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    run.labels, run.ends = 10, ["promoted"]
+    loop = Loop(run, CONFIG, full, run.file, lambda: run.now)  # type: ignore[arg-type]
+    with monkeypatch.context() as disk:
+        disk.setattr(loop_module, "replace_text", full)
+        assert not loop.look().start
+    assert not loop.look().start
+    assert "backing off" in str(run.shown()["message"])
+    monkeypatch.setattr(loop, "_attempt", run.attempt)
+    run.now += 10.0
     assert loop.look().start
 
 

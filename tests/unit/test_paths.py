@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_ray import paths as files
 from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, exclusive, mark_latest, resolve_run, runs_root
 
@@ -67,3 +68,15 @@ def test_a_lock_is_waited_for_as_long_as_asked(tmp_path: Path) -> None:
     timer.start()
     with exclusive(tmp_path, "", "", name="a", wait_s=10):
         timer.join()
+
+
+def test_a_text_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    seen: list[tuple[str, bool]] = []
+
+    def note(path: Path) -> None:
+        seen.append((path.read_text() if path.is_file() else path.name, file.exists()))
+
+    monkeypatch.setattr(files, "sync", note)
+    files.replace_text(file, "new")
+    assert seen == [("new", False), (tmp_path.name, True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deepseek_ray.config import UpdaterConfig, build_config
@@ -53,6 +55,13 @@ def test_labels_that_the_gate_refused_do_not_start_the_same_update_again() -> No
     assert not decide(facts(249, last=refused), CONFIG).start
     again = decide(facts(250, last=refused), CONFIG)
     assert (again.start, again.fresh) == (True, 100)
+
+
+def test_labels_set_aside_or_another_champion_lift_a_refusal() -> None:
+    refused = replace(after("refused", waiting=5_000), basis="version 1, 0 set aside")
+    for basis, waiting in (("version 1, 4000 set aside", 1_000 + 2_500), ("version 2, 0 set aside", 5_000)):
+        again = decide(replace(facts(waiting, last=refused), basis=basis), CONFIG)
+        assert (again.start, again.fresh) == (True, waiting)
 
 
 def test_the_wait_after_failures_doubles_up_to_its_bound() -> None:
