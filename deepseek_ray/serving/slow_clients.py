@@ -19,6 +19,8 @@ from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError
 from deepseek_ray.serving import problem
 
 _IDLE, _HEADERS, _BODY = range(3)
+MAX_HEADER_BYTES = 64 << 10
+"""Of headers that come in several reads. The parser keeps them all, and whoever sends them needs no key yet."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._part = self._timed = _IDLE
+        self._header_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -71,15 +74,19 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, then see what is missing."""
+        self._header_bytes += len(data)
         super().data_received(data)
+        if self._part == _HEADERS and self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse(_too_long())
+            return
         if self._part == _IDLE and self.cycle is not None and self.cycle.response_complete:
             self._part = _HEADERS  # bytes that begin no request, as an empty line, have ended uvicorn's keep-alive
         if self._part != self._timed:
             self._watch()
 
     def on_message_begin(self) -> None:
-        """A request's first byte is here."""
-        self._part = _HEADERS
+        """A request's first byte is here; headers that come in one read with it are bounded by the read."""
+        self._part, self._header_bytes = _HEADERS, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -147,6 +154,15 @@ def _too_slow(part: str, allowed_s: float) -> RequestError:
         status=408,
         kind=f"slow-{part}",
         fix="send the request again, on a better line or with fewer records",
+    )
+
+
+def _too_long() -> RequestError:
+    return RequestError(
+        f"The headers of the request have more than {MAX_HEADER_BYTES} bytes.",
+        status=431,
+        kind="long-headers",
+        fix="send fewer or shorter headers",
     )
 
 

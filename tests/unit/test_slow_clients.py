@@ -106,6 +106,19 @@ def test_headers_that_do_not_come_end_the_connection(tmp_path: Path, sent: bytes
     tell(tmp_path, story)
 
 
+def test_endless_headers_end_the_connection(tmp_path: Path) -> None:
+    guard(PATIENT)
+
+    async def story(port: int) -> None:
+        answer, _ = await talk(port, b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a: ", *[b"a" * 8_192] * 40, pause_s=0.01)
+        assert answer.startswith(b"HTTP/1.1 431")
+        pieces = [request(CONTENT, close=False)] * 3 + [request(CONTENT)]
+        many, _ = await talk(port, *pieces, pause_s=0.01)
+        assert many.count(b"HTTP/1.1 200") == 4
+
+    tell(tmp_path, story)
+
+
 def test_a_byte_now_and_then_buys_no_time(tmp_path: Path) -> None:
     async def story(port: int) -> None:
         answer, took_s = await talk(port, b"GET /healthz HTTP/1.1\r\n", *[b"x-a: 1\r\n"] * 40, pause_s=0.05)
