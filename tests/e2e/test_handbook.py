@@ -54,6 +54,7 @@ def test_the_protocol_runs_on_any_folder_and_any_dates(folder: Path, tmp_path: P
 def run(folder: Path, target: Path, experiment: str, *options: str) -> dict[str, Any]:
     """The figures of one experiment in the small world, two weeks from 26 January."""
     small = ["--preset", "debug", "--set", "train.epochs=2", "--set", "update.min_labels=5", "--history-days", "12"]
+    small += ["--set", "update.epochs=1", "--set", "update.replay_fraction=0.5"]
     dates = ["--train-start", "2026-01-16", "--test-start", "2026-01-26", "--weeks", "2", "--json", str(target)]
     assert handbook.main(["--experiment", experiment, "--data", str(folder), *small, *dates, *options]) == 0
     found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
@@ -86,7 +87,7 @@ def test_folds_are_weeks_apart_and_their_means_are_reported(folder: Path, tmp_pa
 
 
 def test_a_new_pattern_is_learnt_by_those_who_learn(folder: Path, tmp_path: Path) -> None:
-    settings = ["--set", "update.epochs=2", "--set", "update.lr=5e-3", "--set", "update.replay_fraction=0.5"]
+    settings = ["--set", "update.epochs=2", "--set", "update.lr=5e-3"]
     found = run(folder, tmp_path / "pattern.json", "new-pattern", *settings)
     first, second = found["weeks"]
     sides = ("incremental", "full_retrain", "naive", "frozen")
