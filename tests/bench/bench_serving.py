@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,12 +33,14 @@ FLOOR, BARE, WHOLE, BATCHED = (
 )  # fmt: skip
 PARTS = ("throughput", "steady", "swap", "step")
 OBJECTIVE_MS = 50.0
+_BEGUN = time.monotonic()
 FIXED_CAPS = (8, 64, 512)
 
 
 def main() -> int:
     """Measure, print, append to the CSV, draw, write the JSON."""
     options = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers end with it
     os.environ.setdefault(KEY_VARIABLE, "only-for-this-benchmark")
     with tempfile.TemporaryDirectory() as folder:
         figures, rows = _quick(Path(folder), options) if options.quick else _full(Path(folder), options)
@@ -57,6 +61,7 @@ def _quick(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float],
     chosen = [known[name] for name in (FLOOR, BARE, WHOLE, BATCHED)]
     with _running(chosen, folder):
         rounds = _rounds(chosen, options.rounds, 1.0)
+        _say("swaps")
         swaps = swap.measure(known[WHOLE], run, 5)
     return _ratios(rounds) | _swap_keys(swaps), [*rounds.rows(FLOOR), *_swap_rows(swaps)]
 
@@ -107,7 +112,8 @@ def _rounds(providers: Sequence[Provider], num_rounds: int, seconds: float) -> R
     rounds, warm = Rounds(), Rounds()
     for provider in providers:
         warm.add(provider, 16, 1.0)
-    for _ in range(num_rounds):
+    for number in range(num_rounds):
+        _say(f"round {number + 1} of {num_rounds}")
         for connections in (64, 16, 1):
             for provider in providers:
                 if connections == 64 or not provider.least_s:  # Ray Serve's quick start is compared at 64 only
@@ -168,6 +174,7 @@ def _running(providers: Sequence[Provider], folder: Path) -> Iterator[list[Provi
     try:
         for number, provider in enumerate(providers):
             provider.start(folder / f"{number}.log")
+        for number, provider in enumerate(providers):
             try:
                 provider.wait()
                 started.append(provider)
@@ -175,10 +182,15 @@ def _running(providers: Sequence[Provider], folder: Path) -> Iterator[list[Provi
                 print(f"{error}:\n{(folder / f'{number}.log').read_text()[-2_000:]}", file=sys.stderr)
                 if provider.name not in PEERS:
                     raise
+        _say(f"{len(started)} providers answer")
         yield started
     finally:
         for provider in providers:
             provider.stop()
+
+
+def _say(what: str) -> None:
+    print(f"{time.monotonic() - _BEGUN:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def _make_run(folder: Path) -> tuple[Path, Path, Path, Path]:
@@ -190,7 +202,7 @@ def _make_run(folder: Path) -> tuple[Path, Path, Path, Path]:
     from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, add_version, make_run
 
     shape = ModelConfig(d_model=16, num_layers=1, num_heads=2, d_expert=16, num_bins=4)
-    made = make_run(folder / "run", model=shape)
+    made = make_run(folder / "run", model=shape, days=15, future_days=2)
     spec = windows.load().vector("default")
     features = compute(made.history, spec, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
     add_version(made, spec, features, shape, seed=1)
