@@ -8,6 +8,7 @@ B  current events     W  windows     T  remembered events of all B, oldest first
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,11 +16,11 @@ import numpy as np
 from deepseek_ray.data.formulas import CAPPED_CENTS, Frame, IntArray
 from deepseek_ray.data.ranges import prefix
 
-MAX_EVENTS = 1_024
+MAX_SEGMENTS = 8_192
 """B, so that the positions fit int64."""
-_SPAN = 1 << 51
-_FAR = 1 << 50
-"""Microseconds (35 years): what lies further away is in no window, or not yet known."""
+_SPAN = 1 << 49
+_FAR = 1 << 48
+"""Microseconds (9 years): what lies further away is in no window, or not yet known."""
 
 
 class Segments:
@@ -41,13 +42,24 @@ class Segments:
         self._base = np.arange(len(lengths)) * _SPAN
         self._place = self._base[self.owner] + (rows[0] - now[self.owner]).clip(-_FAR, _FAR)
 
-    def where(self, column: int) -> Segments:
-        """Only the rows that agree with their segment's last one in a column; no segment may be empty."""
-        values = self.rows[column]
-        same = values == values[self.end - 1][self.owner]
-        chosen = Segments.__new__(Segments)
-        chosen._make(self.rows[:, same], np.bincount(self.owner[same], minlength=len(self.end)), self.now)
-        return chosen
+    def within(self, columns: Sequence[int]) -> Segments:
+        """For each column in turn, the rows that agree with their segment's last one in it; no segment may be empty."""
+        last, count = self.end - 1, len(self.end)
+        same = [self.rows[column] == self.rows[column][last][self.owner] for column in columns]
+        lengths = [np.bincount(self.owner[chosen], minlength=count) for chosen in same]
+        rows = [self.rows[:, chosen] for chosen in same]
+        return self._of(np.concatenate(rows, axis=1), np.concatenate(lengths), np.tile(self.now, len(columns)))
+
+    def times(self, count: int) -> Segments:
+        """All segments again and again."""
+        lengths = np.diff(self.end, prepend=0)
+        return self._of(np.tile(self.rows, count), np.tile(lengths, count), np.tile(self.now, count))
+
+    @classmethod
+    def _of(cls, rows: IntArray, lengths: IntArray, now: IntArray) -> Segments:
+        made = cls.__new__(cls)
+        made._make(rows, lengths, now)
+        return made
 
     def until(self, back_us: IntArray) -> IntArray:
         """[B, n] how many rows, from the first segment's start on, are no later than now - back_us; [n] or [B, n]."""

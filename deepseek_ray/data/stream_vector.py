@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from deepseek_ray.data.formulas import (
 )
 from deepseek_ray.data.history import UNKNOWN_DEVICE
 from deepseek_ray.data.state import State
-from deepseek_ray.data.stream_frame import MAX_EVENTS, Segments, StreamFrame
+from deepseek_ray.data.stream_frame import MAX_SEGMENTS, Segments, StreamFrame
 from deepseek_ray.data.windows import OWNERS, SECOND_US, VectorSpec
 
 CHANNEL_CODE = {name: code for code, name in enumerate(CHANNELS)}
@@ -53,11 +54,20 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class _Key:
-    """One key of the vector: where its events are and what to compute on them."""
+class _Group:
+    """Keys of one owner that are computed together: where their events are and what to compute on them.
+
+    Attributes:
+        names: of the keys.
+        columns: for each key the row of the card's events that must equal the current event's, or none for all events.
+        windows: of any of the keys.
+        aggregations: of any of the keys.
+        without_history: values of one key when there is no owner.
+    """
 
     owner: str
-    column: int | None  # row of the card's events that must equal the current event's
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
     windows: IntArray
     aggregations: tuple[str, ...]
     without_history: FloatArray
@@ -74,18 +84,22 @@ class Vectors:
 
     def __init__(self, spec: VectorSpec, delay: int, sequence_len: int) -> None:
         self._delay, self._length = delay, sequence_len
-        self._keys = [_plan(spec, key) for key in spec.keys]
+        self._groups = _groups(spec)
+        self._most = MAX_SEGMENTS // max(len(group.names) for group in self._groups)
         self._take = self._positions(spec)
 
     def __call__(self, moments: Sequence[Moment]) -> tuple[FloatArray, FloatArray]:
         """Values float64 [B, F] and sequences float64 [B, S, C], newest earlier event first."""
-        if len(moments) > MAX_EVENTS:
-            parts = [self(moments[first : first + MAX_EVENTS]) for first in range(0, len(moments), MAX_EVENTS)]
-            return np.concatenate([values for values, _ in parts]), np.concatenate([rows for _, rows in parts])
+        if len(moments) > self._most:
+            some = [self(moments[first : first + self._most]) for first in range(0, len(moments), self._most)]
+            return np.concatenate([values for values, _ in some]), np.concatenate([rows for _, rows in some])
         now = np.array([moment.order_us for moment in moments])
-        owned = {owner: self._owned(owner, moments, now) for owner in dict.fromkeys(key.owner for key in self._keys)}
+        owned = {
+            owner: self._owned(owner, moments, now) for owner in dict.fromkeys(group.owner for group in self._groups)
+        }
         card = owned["card"].events if "card" in owned else _segments("card", moments, now)
-        columns = [_requests(moments, now), *(self._columns(key, owned[key.owner], len(now)) for key in self._keys)]
+        parts = [self._columns(group, owned[group.owner], len(now)) for group in self._groups]
+        columns = [_requests(moments, now), *parts]
         return np.concatenate(columns, axis=1)[:, self._take], self._sequences(card)
 
     def _owned(self, owner: str, moments: Sequence[Moment], now: IntArray) -> _Owned:
@@ -94,15 +108,21 @@ class Vectors:
         events = _segments(owner, chosen, now[rows])
         return _Owned(rows, events, Segments([m.states[owner].labels for m in chosen] or [_NONE], now[rows]))
 
-    def _columns(self, key: _Key, owned: _Owned, num_events: int) -> FloatArray:
-        result = np.empty((num_events, len(key.without_history)))
-        if len(owned.rows) < num_events:
-            result[:] = key.without_history
-        if len(owned.rows):
-            events = owned.events if key.column is None else owned.events.where(key.column)
-            large = st.LARGE if key.owner == "card" else None
-            frame = StreamFrame(key.windows, self._delay, events, owned.labels, large)
-            result[owned.rows] = np.concatenate([FORMULAS[name](frame) for name in key.aggregations], axis=1)
+    def _columns(self, group: _Group, owned: _Owned, num_events: int) -> FloatArray:
+        """[B, keys * aggregations * W], in this order."""
+        if not len(owned.rows):
+            return np.tile(group.without_history, (num_events, len(group.names)))
+        events, labels = owned.events, owned.labels
+        if group.columns:
+            events, labels = events.within(group.columns), labels.times(len(group.columns))
+        large = st.LARGE if group.owner == "card" else None
+        frame = StreamFrame(group.windows, self._delay, events, labels, large)
+        values = np.concatenate([FORMULAS[name](frame) for name in group.aggregations], axis=1)
+        values = values.reshape(len(group.names), len(owned.rows), -1).swapaxes(0, 1).reshape(len(owned.rows), -1)
+        if len(owned.rows) == num_events:
+            return values
+        result = np.tile(group.without_history, (num_events, len(group.names)))
+        result[owned.rows] = values
         return result
 
     def _sequences(self, card: Segments) -> FloatArray:
@@ -128,11 +148,10 @@ class Vectors:
     def _positions(self, spec: VectorSpec) -> IntArray:
         """Where each feature of the vector stands in the concatenated parts."""
         offset, place = REQUEST_WIDTH, {}
-        for name, key in zip(spec.keys, self._keys, strict=True):
-            for aggregation in key.aggregations:
-                for window in key.windows.tolist():
-                    place[name, aggregation, window] = offset
-                    offset += 1
+        for group in self._groups:
+            for part in product(group.names, group.aggregations, group.windows.tolist()):
+                place[part] = offset
+                offset += 1
         windowed = [place[f.key, f.aggregation, f.window_us] for f in spec.features]
         return np.array([*request_columns(spec.request), *windowed], np.int64)
 
@@ -154,12 +173,20 @@ def _segments(owner: str, moments: Sequence[Moment], now: IntArray) -> Segments:
     return Segments([m.states[owner].events for m in moments] or [np.empty((columns, 0), np.int64)], now)
 
 
-def _plan(spec: VectorSpec, name: str) -> _Key:
-    columns = spec.keys[name]
-    windows = np.array(spec.windows_us[name], np.int64)
-    aggregations = tuple(dict.fromkeys(f.aggregation for f in spec.features if f.key == name))
+def _groups(spec: VectorSpec) -> list[_Group]:
+    """Keys within a card's events are few events each: together they cost what one of them costs."""
+    within = [name for name, columns in spec.keys.items() if len(columns) > 1]
+    names = [(name,) for name in spec.keys if name not in within]
+    return [_group(spec, group) for group in [*names, tuple(within)] if group]
+
+
+def _group(spec: VectorSpec, names: tuple[str, ...]) -> _Group:
+    owner, *_ = (OWNERS[spec.keys[name][0]] for name in names)
+    columns = tuple(_CARD_ROW[spec.keys[name][1]] for name in names if len(spec.keys[name]) > 1)
+    windows = np.array(sorted({window for name in names for window in spec.windows_us[name]}), np.int64)
+    aggregations = tuple(dict.fromkeys(f.aggregation for f in spec.features if f.key in names))
     missing = np.repeat([WITHOUT_HISTORY.get(aggregation, 0.0) for aggregation in aggregations], len(windows))
-    return _Key(OWNERS[columns[0]], _CARD_ROW[columns[1]] if len(columns) > 1 else None, windows, aggregations, missing)
+    return _Group(owner, names, columns, windows, aggregations, missing)
 
 
 def _requests(moments: Sequence[Moment], now: IntArray) -> FloatArray:
