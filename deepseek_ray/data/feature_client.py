@@ -32,6 +32,7 @@ from deepseek_ray.data.windows import SECOND_US, Declaration, VectorSpec
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.sqlite import WAL_PAGES
 
 silence_telemetry()
 # Feast's import switches prometheus_client to files shared by forked servers, for the whole process: ours is loaded
@@ -267,6 +268,7 @@ def _tune(store: Any) -> None:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
         _use_write_ahead_log(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from deepseek_ray.data.events import Decision, Reason, Transaction, to_us
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.sqlite import read_uri
+from deepseek_ray.sqlite import WAL_PAGES, read_uri
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
@@ -380,6 +380,7 @@ def _open(path: Path, synchronous: str) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(f"PRAGMA synchronous={synchronous}")
+        db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
         _check_schema(db, path)
     except (OSError, sqlite3.Error) as error:
         raise _unusable(path, error) from error

@@ -46,6 +46,7 @@ from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 from deepseek_ray.serving.standing import standing_of
 from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
 from deepseek_ray.serving.wire import Limits
+from deepseek_ray.sqlite import Checkpointer
 
 logger = get_logger(__name__)
 
@@ -135,6 +136,7 @@ class RiskService:
         self.monitor.watch_queue(self.batcher.queue)
         self._accompany(find, contract, config)
         self.compactor = Compactor(paths, config.compact_every_s, self._archived)
+        self.checkpointer = Checkpointer([paths.prediction_log, paths.feature_store / "online.db"])
         self.companions: list[BackgroundProgram] = [self.compactor]
         self.monitor.watch_disk(paths.root)
         keys = file_of(paths.root, config.api_keys_file)
@@ -160,6 +162,7 @@ class RiskService:
             self.batcher.close()
             self.shadow.close()
             self.predictor.close()
+        self.checkpointer.close()
 
     def _rehearse(self) -> None:
         """Go a request's way through log and feature store, leaving nothing behind: the first one does not pay."""
