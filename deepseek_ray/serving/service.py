@@ -148,6 +148,7 @@ class RiskService:
         """Follow the registry, judge the arms, and start what runs on a schedule."""
         self.watcher.start()
         self.rollout.start()
+        self.checkpointer.start()
         for program in self.companions:
             program.start()
 
@@ -161,8 +162,8 @@ class RiskService:
                 program.close()
             self.batcher.close()
             self.shadow.close()
+            self.checkpointer.close()
             self.predictor.close()
-        self.checkpointer.close()
 
     def _rehearse(self) -> None:
         """Go a request's way through log and feature store, leaving nothing behind: the first one does not pay."""
