@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from deepseek_ray.errors import RequestError
 from deepseek_ray.registry.columns import Column
 from deepseek_ray.serving.problem import FieldErrors, field_error, field_errors
-from deepseek_ray.serving.wire import load_json
+from deepseek_ray.serving.wire import check_count, load_json
 
 MAX_TEXT_CHARS = 1 << 20
 _WHOLE = {"long": 2**63, "integer": 2**31}
@@ -61,14 +60,7 @@ class Records:
         rows = value if key == "records" else self._rows(value)
         if not rows:
             raise FieldErrors([field_error(key, value, "no row", "send at least one")])
-        if len(rows) > self._max_rows:
-            raise RequestError(
-                f"The body holds {len(rows)} records; at most {self._max_rows} are taken.",
-                status=413,
-                kind="too-many-records",
-                field=key,
-                fix=f"send at most {self._max_rows} a request, or raise serving.max_transactions",
-            )
+        check_count(len(rows), self._max_rows, key)
         return self._checked(rows)
 
     def json_schema(self) -> dict[str, Any]:

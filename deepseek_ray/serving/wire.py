@@ -109,13 +109,22 @@ def _check_list(loaded: dict[str, Any], key: str, items: Any, limits: Limits) ->
         raise FieldErrors([field_error(others[0], loaded[others[0]], detail, "remove the field")])
     if not isinstance(items, list) or not items:
         raise FieldErrors([field_error(key, items, "not a list with at least one record", "send at least one record")])
-    if len(items) > limits.max_transactions:
+    check_count(len(items), limits.max_transactions, key)
+
+
+def check_count(num_records: int, limit: int, field: str) -> None:
+    """Refuse a body with more records than are taken.
+
+    Raises:
+        RequestError: 413.
+    """
+    if num_records > limit:
         raise RequestError(
-            f"The body holds {len(items)} records; at most {limits.max_transactions} are taken.",
+            f"The body holds {num_records} records; at most {limit} are taken.",
             status=413,
             kind="too-many-records",
-            field=key,
-            fix=f"send at most {limits.max_transactions} a request, or raise serving.max_transactions",
+            field=field,
+            fix=f"send at most {limit} a request, or raise serving.max_transactions",
         )
 
 
