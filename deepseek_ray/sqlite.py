@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+
+from deepseek_ray.periodic import Periodic
 
 WAL_PAGES = 25_000
 """A writer beside a :class:`Checkpointer` lets its log grow to so many pages (100 MiB) before it helps."""
@@ -25,7 +26,7 @@ def read_uri(file: Path) -> str:
     return f"{file.absolute().as_uri()}?{'immutable=1' if alone else 'mode=ro'}"
 
 
-class Checkpointer:
+class Checkpointer(Periodic):
     """Moves write-ahead logs into their databases on a thread of its own, so that no writer stops to do it.
 
     By itself SQLite has the writer do that, with two fsyncs, whenever its log has grown by 4 MiB
@@ -38,28 +39,21 @@ class Checkpointer:
     """
 
     def __init__(self, files: Sequence[Path], every_s: float = 0.5) -> None:
-        self._files, self._every_s = tuple(files), every_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
+        super().__init__("moving write-ahead logs", every_s, self._move)
+        self._files = tuple(files)
+        self._opened = ExitStack()
+        self._connections: dict[Path, sqlite3.Connection] = {}
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Stop."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+    def _move(self) -> None:
+        for file in self._files:
+            # locked, full or missing: who writes hears of it, and the log only grows meanwhile
+            with suppress(sqlite3.Error):
+                if file not in self._connections and file.exists():
+                    connection = closing(sqlite3.connect(file, timeout=0))
+                    self._connections[file] = self._opened.enter_context(connection)
+                if file in self._connections:
+                    self._connections[file].execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _run(self) -> None:
-        with ExitStack() as opened:
-            connections: dict[Path, sqlite3.Connection] = {}
-            while not self._stop.wait(self._every_s):
-                for file in self._files:
-                    # locked, full or missing: who writes hears of it, and the log only grows meanwhile
-                    with suppress(sqlite3.Error):
-                        if file not in connections and file.exists():
-                            connections[file] = opened.enter_context(closing(sqlite3.connect(file, timeout=0)))
-                        if file in connections:
-                            connections[file].execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        with self._opened:  # closed by the thread that opened them
+            super()._run()

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 
+from deepseek_ray.child import run_python
 from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings_of
 from deepseek_ray.config import Config
 from deepseek_ray.online.triggers import EXIT_STATUS, Outcome
 from deepseek_ray.paths import RunPaths, exclusive
-
-_STOP_POLL_S = 0.2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,8 +56,8 @@ def _keep_on(config: Config, paths: RunPaths, options: argparse.Namespace) -> in
     state = paths.updater / "state.json"
     with exclusive(paths.updater, f"Another updater of {str(paths.root)!r} is running.", "leave it or end it"):
         backlog = Backlog(config, paths, Registry.open(paths, config.stores, name=config.model_name, create=False))
-        command = _command(paths, options)
-        loop = Loop(backlog, config.updater, lambda: _attempt(command, paths, stop), state, time.time)
+        arguments = _arguments(paths, options)
+        loop = Loop(backlog, config.updater, lambda: _attempt(arguments, paths, stop), state, time.time)
         print(f"updating {config.model_name!r} of {paths.root}, see {state}", flush=True)
         while not stop.is_set():
             loop.look()
@@ -67,28 +65,22 @@ def _keep_on(config: Config, paths: RunPaths, options: argparse.Namespace) -> in
     return 0
 
 
-def _command(paths: RunPaths, options: argparse.Namespace) -> list[str]:
+def _arguments(paths: RunPaths, options: argparse.Namespace) -> list[str]:
     url = [f"--url={options.url}"] if options.url else []
-    return [sys.executable, "-m", __spec__.name, "--once", f"--run={paths.root}", *url, *settings_arguments(options)]
+    return ["-m", __spec__.name, "--once", f"--run={paths.root}", *url, *settings_arguments(options)]
 
 
-def _attempt(command: Sequence[str], paths: RunPaths, stop: threading.Event) -> tuple[Outcome, str] | None:
+def _attempt(arguments: Sequence[str], paths: RunPaths, stop: threading.Event) -> tuple[Outcome, str] | None:
     """One update in a process of its own; its words go to a file beside the state. None when told to stop before."""
     file = paths.updater / "update.log"
-    with (
-        file.open("w", encoding="utf-8") as words,
-        subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT) as child,
-    ):
-        while child.poll() is None:
-            if stop.wait(_STOP_POLL_S):
-                child.terminate()
-                child.wait()
+    with file.open("w", encoding="utf-8") as words:
+        status = run_python(arguments, stop, words=words).status
     said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
     outcomes = {status: outcome for outcome, status in EXIT_STATUS.items()}
-    outcome = outcomes.get(child.returncode, "failed")
+    outcome = outcomes.get(status, "failed")
     if outcome == "failed" and stop.is_set():
         return None
-    return outcome, said[0] if outcome != "failed" else f"status {child.returncode}: {said[0]}"
+    return outcome, said[0] if outcome != "failed" else f"status {status}: {said[0]}"
 
 
 if __name__ == "__main__":

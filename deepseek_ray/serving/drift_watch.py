@@ -62,6 +62,6 @@ class DriftWatch(BackgroundProgram):
             logger.warning("%s: %.4g passes %.4g (%s)", name, check["value"], check["bound"], check["detail"])
         self._alarms = set(alarms)
 
-    def failed(self) -> None:
+    def count_failure(self) -> None:
         """Count it; the gauges keep the last report, whose age shows."""
         self._gauges.failures.inc()

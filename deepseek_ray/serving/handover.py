@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deepseek_ray.child import run_python
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
@@ -30,7 +31,6 @@ from deepseek_ray.serving.live_features import LiveFeatures
 logger = get_logger(__name__)
 
 _NICENESS = 10
-_LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -113,34 +113,23 @@ def _prepare(paths: RunPaths, wanted: Wanted) -> tuple[int, int]:
         client.close()
 
 
-def prepare_aside(paths: RunPaths, wanted: Wanted, going: Callable[[], bool] = lambda: True) -> tuple[int, int]:
+def prepare_aside(paths: RunPaths, wanted: Wanted, stop: threading.Event) -> tuple[int, int]:
     """Like :func:`prepare`, in a process of its own: it would hold this one's interpreter for too long.
 
     Args:
-        going: False ends it.
+        stop: ends it when it is set.
 
     Raises:
         ServingError: it failed, or was ended; it may be tried again.
     """
-    command = [sys.executable, "-m", __name__, str(paths.root)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
-        given: str | None = json.dumps(asdict(wanted))
-        while True:
-            try:
-                shown, errors = process.communicate(given, timeout=_LOOK_S)
-                break
-            except subprocess.TimeoutExpired:
-                given = None  # it is sent once
-                if not going():
-                    process.kill()
-    if process.returncode != 0:
-        logger.error("the states of %r were not prepared: %s", wanted.vector, errors[-2_000:])
+    ended = run_python(["-m", __name__, str(paths.root)], stop, told=json.dumps(asdict(wanted)))
+    if ended.status:
+        logger.error("the states of %r were not prepared: %s", wanted.vector, ended.errors[-2_000:])
         raise ServingError(
-            f"The states of vector {wanted.vector!r} could not be prepared (status {process.returncode}).",
+            f"The states of vector {wanted.vector!r} could not be prepared (status {ended.status}).",
             fix="see the service's log",
         )
-    last = json.loads(shown.splitlines()[-1])
+    last = json.loads(ended.said.splitlines()[-1])
     return int(last[0]), int(last[1])
 
 

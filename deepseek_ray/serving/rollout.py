@@ -6,7 +6,6 @@ process first, and the registry is told as soon as it listens.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
+from deepseek_ray.periodic import Periodic
 from deepseek_ray.registry import TrafficBook
 from deepseek_ray.serving.arm_evidence import ArmEvidence
 from deepseek_ray.serving.arm_metrics import ArmMetrics, CallCounts
@@ -57,7 +57,7 @@ class Move:
     fallen: tuple[Fall, ...] = ()
 
 
-class Rollout:
+class Rollout(Periodic):
     """Judges the arms every so often.
 
     Args:
@@ -79,18 +79,16 @@ class Rollout:
         every_s: float = 1.0,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
+        super().__init__("the watch over the arms", every_s, self.tick)
         self._predictor = predictor
         self._book = book
         self._log_path = log_path
         self._metrics = metrics
-        self._every_s = every_s
         self._now_us = now_us
         self._evidence: tuple[tuple[str, str], ArmEvidence] | None = None
         self._withdrawn: dict[str, frozenset[str]] = {}
         self._pending: Move | None = None
         self._reports: dict[str, dict[str, object]] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
 
     @property
     def report(self) -> dict[str, dict[str, object]]:
@@ -100,16 +98,6 @@ class Rollout:
     def withdrawn(self, text: str) -> frozenset[str]:
         """Aliases that this process took the traffic from under the policy of that text."""
         return self._withdrawn.get(text, frozenset())
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Stop watching."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def tick(self) -> None:
         """Look once.
@@ -212,17 +200,6 @@ class Rollout:
             return None
         self._take_traffic(text, fallen)
         return _rollback(text, policy, fallen)
-
-    def _run(self) -> None:
-        failing = False
-        while not self._stop.wait(self._every_s):
-            try:
-                self.tick()
-                failing = False
-            except Exception:  # the watch goes on whatever one look met
-                if not failing:
-                    logger.exception("the arms could not be judged; trying again every %g s", self._every_s)
-                failing = True
 
 
 def _rollback(text: str, policy: TrafficPolicy, fallen: tuple[Fall, ...]) -> Move:

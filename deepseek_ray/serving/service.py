@@ -215,7 +215,7 @@ class RiskService:
         since = None
         if contract.vector.service != before.vector.service:
             wanted = self._wanted(contract, before.vector.service)
-            since = handover.prepare_aside(self._paths, wanted, lambda: not self._closing.is_set())
+            since = handover.prepare_aside(self._paths, wanted, self._closing)
 
         def take_over() -> None:
             # vectors that share their states need no event again: the old features have just written them

@@ -6,7 +6,6 @@ comes is loaded, so that in memory there is what serves, and one model more whil
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ import torch
 from deepseek_ray.errors import ConfigError, FeatureError, ModelFormatError, RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
+from deepseek_ray.periodic import Periodic
 from deepseek_ray.registry import CHAMPION, Registry, Standing, VersionInfo
 from deepseek_ray.serving.arm_metrics import ArmMetrics, ArmTally
 from deepseek_ray.serving.arms import ArmPlan, LiveArm
@@ -49,7 +49,7 @@ class Hooks:
     hand_over: Callable[[VersionInfo, RiskModel, LiveModel], InputContract] | None = None
 
 
-class RegistryWatcher:
+class RegistryWatcher(Periodic):
     """Polls the registry in the background.
 
     A version that does not load or does not fit keeps the present one serving, and ``refused`` says why.
@@ -75,35 +75,23 @@ class RegistryWatcher:
         metrics: ArmMetrics,
         poll_s: float,
     ) -> None:
+        super().__init__("following the registry", poll_s, self.check)
         self._registry = registry
         self._contract = contract
         self._predictor = predictor
         self._hooks = hooks
         self._monitor = monitor
         self._metrics = metrics
-        self._poll_s = poll_s
         self._refused: tuple[str, str] = ("", "")
         self._confirmed = ""
         self._followed: tuple[object, ...] = ()
         self._torn: dict[str, str] = {}
         self.arm_refusals: dict[str, str] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="registry-watcher", daemon=True)
 
     @property
     def refused(self) -> str:
         """Why the present champion is not the version that serves, or ""."""
         return self._refused[1]
-
-    def start(self) -> None:
-        """Begin to poll."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Stop polling."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
 
     def check(self) -> None:
         """Look once, and take over what is new and fits.
@@ -273,13 +261,9 @@ class RegistryWatcher:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
-        failing = False
-        while not self._stop.wait(self._poll_s):
-            try:
-                self.check()
-                failing = False
-            except Exception:  # the registry is away, say: what serves goes on serving
-                self._monitor.swaps.labels("failed").inc()
-                if not failing:
-                    logger.exception("the registry cannot be followed; trying again every %g s", self._poll_s)
-                failing = True
+        super()._run()
+
+    def failed(self, *, again: bool) -> None:
+        """The registry is away, say: what serves goes on serving."""
+        self._monitor.swaps.labels("failed").inc()
+        super().failed(again=again)

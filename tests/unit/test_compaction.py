@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_ray import child
 from deepseek_ray.data import prediction_archive as archive
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.paths import RunPaths, exclusive
-from deepseek_ray.serving import background, compaction
+from deepseek_ray.serving import compaction
 from deepseek_ray.serving.compaction import Compactor
 from tests.unit.test_prediction_log import label, row
 
@@ -81,7 +82,7 @@ def test_closing_does_not_wait_for_a_long_one(paths: RunPaths) -> None:
 
 
 def test_one_that_does_not_end_when_asked_is_killed(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_KILL_AFTER_S", 0.1)
+    monkeypatch.setattr(child, "_KILL_AFTER_S", 0.1)
     deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[1] + '/started', 'w').close()"
     compactor = Compactor(paths, 0.01, ignore, program=["-c", f"{deaf}; time.sleep(60)"])
     compactor.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def test_one_process_prepares_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_preparation_that_fails_or_is_ended_says_so(tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
     start = time.perf_counter()
-    with pytest.raises(ServingError, match=r"'wide' could not be prepared \(status -9\)"):
-        prepare_aside(RunPaths(tmp_path), WANTED, going=lambda: False)
+    with pytest.raises(ServingError, match=r"'wide' could not be prepared \(status -15\)"):
+        prepare_aside(RunPaths(tmp_path), WANTED, stop)
     assert time.perf_counter() - start < 20

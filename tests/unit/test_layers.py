@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 
 # Inside the library: what each part may import, besides itself. Parts are sub-packages or modules of the root.
-BASE = {"errors", "logs", "paths", "config", "config_moe", "presets", "settings", "sqlite"}
+BASE = {"errors", "logs", "paths", "config", "config_moe", "presets", "settings", "sqlite", "periodic"}
 LIBRARY_ORDER: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -40,7 +40,9 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "cluster": {"errors"},
     "presets": {"config", "errors"},
     "presets_moe": {"config", "config_moe", "errors"},
-    "sqlite": set(),
+    "periodic": {"logs"},
+    "child": set(),
+    "sqlite": {"periodic"},
     "settings": {"presets", "config", "paths", "logs", "errors"},
     "metrics": {"errors"},
     "kernels": set(),
@@ -52,7 +54,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "online": {"models", "train.step", "train.optimiser", "client", "data", "registry", "metrics", *BASE},
     "rpc": {"errors"},
     "channels": {"rpc", "errors"},
-    "serving": {"models", "data", "registry", "online", "metrics", "rpc", *BASE},
+    "serving": {"child", "models", "data", "registry", "online", "metrics", "rpc", *BASE},
     "client": {"channels", "data.events", *BASE},
     "lineage": {"data", "registry", *BASE},
     "report": {"data", "registry", "metrics", *BASE},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
-import sys
 import threading
 from pathlib import Path
 
@@ -114,7 +113,7 @@ def test_an_update_cut_short_because_the_updater_stops_is_no_failure(run: Run, t
     stop.set()
 
     def stopped() -> tuple[Outcome, str] | None:
-        return updater._attempt([sys.executable, "-S", "-c", "import time; time.sleep(60)"], paths, stop)
+        return updater._attempt(["-S", "-c", "import time; time.sleep(60)"], paths, stop)
 
     paths = RunPaths(tmp_path)
     paths.updater.mkdir()
