@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from deepseek_ray.errors import EnvironmentProblemError
+from deepseek_ray.errors import EnvironmentProblemError, first_line
 
 
 @contextmanager
@@ -29,9 +29,8 @@ def local_cluster(num_cpus: int) -> Iterator[None]:
     try:
         ray.init(address="local" if own else "auto", log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises this very class when a node is slow to start
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblemError(
-            f"Ray does not start: {said}",
+            f"Ray does not start: {first_line(error)}",
             fix="end what keeps the processors busy, or set RAY_raylet_start_wait_time_s=180",
         ) from error
     try:

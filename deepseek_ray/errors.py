@@ -51,6 +51,12 @@ class DeepseekRayError(Exception):
         return _rebuild, (type(self), self.message, self.__dict__)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that a foreign error says, else its name: messages of ours have one line."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
 def _rebuild(cls: type[DeepseekRayError], message: str, state: dict[str, Any]) -> DeepseekRayError:
     error = cls.__new__(cls)
     Exception.__init__(error, message)

@@ -7,9 +7,7 @@ order counts. A figure that is not defined, for want of one of the classes, is N
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,7 +58,6 @@ def cp100(
     label: ArrayLike,
     *,
     k: int = 100,
-    known_compromised: Mapping[Any, int] | None = None,
 ) -> float:
     """Card precision at k (Reproducible Machine Learning for Credit Card Fraud Detection, section 4.4).
 
@@ -73,18 +70,18 @@ def cp100(
         day: day number of each transaction.
         label: 1 for fraud.
         k: cards reviewed a day.
-        known_compromised: card -> first day on which it is left out, because it is known already.
 
     Returns:
         in [0, 1]; NaN without rows.
     """
-    code, day, label = _codes(card, known_compromised, day, label)
+    code = np.unique(np.asarray(card), return_inverse=True)[1]
+    day, label = np.asarray(day, dtype=np.int64), np.asarray(label, dtype=np.int64)
     probability = np.asarray(probability, dtype=np.float64)
     days = np.unique(day)
     found = np.zeros(int(code.max(initial=-1)) + 1, dtype=bool)
     precision = []
     for one in days:
-        rows = np.flatnonzero((day == one) & (code >= 0))
+        rows = np.flatnonzero(day == one)
         rows = rows[~found[code[rows]]]
         hits = _compromised_among_top(probability[rows], code[rows], label[rows], k)
         found[hits] = True
@@ -160,40 +157,20 @@ def evaluate(
     *,
     card: ArrayLike,
     day: ArrayLike,
-    scenario: ArrayLike | None = None,
-    known_compromised: Mapping[Any, int] | None = None,
 ) -> dict[str, float]:
-    """Every figure under its name in the report: average_precision, auc, cp100, recall_at_1pct_fpr, calibration_error.
-
-    With scenario also ``recall_scenario_<kind>``, at 1 % false positives.
-    """
-    figures = {
+    """Every figure of the report under its name there."""
+    return {
         "average_precision": average_precision(label, probability),
         "auc": auc(label, probability),
-        "cp100": cp100(probability, card, day, label, known_compromised=known_compromised),
+        "cp100": cp100(probability, card, day, label),
         "recall_at_1pct_fpr": recall_at_fpr(label, probability),
         "calibration_error": calibration_error(label, probability),
     }
-    kinds = by_scenario(label, probability, scenario) if scenario is not None else {}
-    return figures | {f"recall_scenario_{kind}": value for kind, value in kinds.items()}
 
 
 def _both(label: ArrayLike) -> bool:
     y = np.asarray(label)
     return bool(np.any(y == 1) and np.any(y == 0))
-
-
-def _codes(
-    card: ArrayLike, known: Mapping[Any, int] | None, day: ArrayLike, label: ArrayLike
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cards as small ints, -1 where the card is known as compromised on that day."""
-    names, code = np.unique(np.asarray(card), return_inverse=True)
-    days = np.asarray(day, dtype=np.int64)
-    if known:
-        never = np.iinfo(np.int64).max
-        first = np.array([known.get(name, never) for name in names.tolist()], dtype=np.int64)
-        code = np.where(days >= first[code], -1, code)
-    return code.astype(np.int64), days, np.asarray(label, dtype=np.int64)
 
 
 def _compromised_among_top(

@@ -18,7 +18,8 @@ import torch
 
 from deepseek_ray import settings
 from deepseek_ray.config import Config, build_config
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_log import LoggedFeedback, PredictionLog
 from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online import cycle

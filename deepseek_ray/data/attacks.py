@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.fraud_patterns import FraudPattern
-from deepseek_ray.data.table import US_PER_DAY, to_table
+from deepseek_ray.data.table import to_table
 from deepseek_ray.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -33,7 +34,7 @@ def bursts(pattern: FraudPattern, day: Ints, rng: np.random.Generator) -> tuple[
     attack = np.repeat(np.arange(len(day)), num_bursts)
     later = np.arange(len(attack)) - np.repeat(np.cumsum(num_bursts) - num_bursts, num_bursts)
     hour = rng.uniform(*pattern.start_hour, len(attack))
-    return attack, (day[attack] + later) * US_PER_DAY + (hour * 3_600_000).astype(np.int64) * 1_000
+    return attack, (day[attack] + later) * DAY_US + (hour * 3_600_000).astype(np.int64) * 1_000
 
 
 def since_burst_us(burst: Ints, num_events: Ints, gap_s: tuple[float, float], rng: np.random.Generator) -> Ints:
@@ -104,4 +105,4 @@ def _payments(
             "fraud_scenario": pl.Series(np.full(len(card), pattern.scenario), dtype=pl.Int8),
         }
     )
-    return frame.filter(pl.Series(time_us < end * US_PER_DAY))
+    return frame.filter(pl.Series(time_us < end * DAY_US))

@@ -20,18 +20,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from deepseek_ray.data.events import SECOND_US, delay_us
 from deepseek_ray.data.formulas import (
     FORMULAS,
     WITHOUT_HISTORY,
     FloatArray,
     IntArray,
-    delay_us,
     merchant_bucket,
     request_columns,
     request_values,
 )
 from deepseek_ray.data.history import UNKNOWN_DEVICE, Group, History
-from deepseek_ray.data.windows import OWNERS, SECOND_US, VectorSpec
+from deepseek_ray.data.windows import OWNERS, VectorSpec
 
 SEQUENCE_CHANNELS = ("amount_cents", "age_s", "same_terminal", "same_country", "channel", "known_fraud")
 

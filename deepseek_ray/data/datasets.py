@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.errors import DataError
 
-DAY_US = 86_400_000_000
 UNKNOWN = -1
 """Label of a row whose truth is not known yet."""
 
@@ -113,10 +113,6 @@ class RiskDataset:
         """Rows where a boolean mask holds, or rows by number, in that order."""
         columns: dict[str, Any] = {name: np.ascontiguousarray(getattr(self, name)[mask]) for name in _TYPES}
         return replace(self, **columns)
-
-    def between(self, start_us: int, end_us: int) -> RiskDataset:
-        """Rows with start_us <= order_us < end_us."""
-        return self.select((self.order_us >= start_us) & (self.order_us < end_us))
 
     def labelled(self) -> RiskDataset:
         """Rows whose truth is known."""

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+SECOND_US = 1_000_000
+DAY_US = 86_400 * SECOND_US
+
 MAX_AMOUNT_CENTS = 10**11
 """One thousand million currency units: beyond it a sum of squares may leave int64."""
 
@@ -81,7 +84,12 @@ class Feedback(Record):
 def to_us(value: datetime) -> int:
     """Microseconds since the Unix epoch (UTC), exact."""
     delta = value.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+    return (delta.days * 86_400 + delta.seconds) * SECOND_US + delta.microseconds
+
+
+def delay_us(days: float) -> int:
+    """A delay in days as whole microseconds; the one rounding that every engine shares."""
+    return round(days * DAY_US)
 
 
 TRANSACTION_COLUMNS: dict[str, Any] = {

@@ -27,8 +27,9 @@ import yaml
 
 from deepseek_ray.data import offline_store, redis_store, windows
 from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS, FeatureTable
+from deepseek_ray.data.events import SECOND_US
 from deepseek_ray.data.stream_engine import StreamEngine
-from deepseek_ray.data.windows import SECOND_US, Declaration, VectorSpec
+from deepseek_ray.data.windows import Declaration, VectorSpec
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths

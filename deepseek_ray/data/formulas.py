@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_ray.data.events import CHANNELS
-from deepseek_ray.data.windows import DAY_US, MERCHANT_BUCKETS, REQUEST_BLOCKS, SECOND_US
+from deepseek_ray.data.events import CHANNELS, SECOND_US
+from deepseek_ray.data.windows import MERCHANT_BUCKETS, REQUEST_BLOCKS
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -217,8 +217,3 @@ def request_values(
     """[N, R] features of the request alone, from int64 or bool arrays of N (channel: index in CHANNELS)."""
     tail = np.stack([amount, amount % 100 == 0, country_known, device_known], axis=1).astype(np.float64)
     return np.concatenate([_TIME[order // _HOUR_US % 168], _CHANNEL[channel], _BUCKET[bucket], tail], axis=1)
-
-
-def delay_us(label_delay_days: float) -> int:
-    """Label delay in whole microseconds."""
-    return round(label_delay_days * DAY_US)

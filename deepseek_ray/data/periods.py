@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from deepseek_ray.config import DataConfig
 from deepseek_ray.data.batch_engine import FeatureTable
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.errors import DataError
 
 

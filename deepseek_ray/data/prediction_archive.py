@@ -9,7 +9,6 @@ last number are still in the log. Hence a row is in one place for a reader at an
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import polars as pl
 
 from deepseek_ray.data.prediction_log import BUSY_TIMEOUT_S, DROP_VECTORS, unpack
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.paths import RunPaths, exclusive, sync
+from deepseek_ray.paths import RunPaths, exclusive, replace_text, sync
 from deepseek_ray.sqlite import read_uri
 
 MANIFEST = "manifest.json"
@@ -229,12 +228,8 @@ def _write_part(db: sqlite3.Connection, folder: Path, kind: Kind, after: int) ->
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    draft = folder / f".{MANIFEST}"
     try:
-        draft.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-        sync(draft)
-        os.replace(draft, folder / MANIFEST)
-        sync(folder)
+        replace_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
     except OSError as error:
         raise _unusable(folder, error) from error
 

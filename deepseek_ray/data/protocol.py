@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from deepseek_ray.data import batch_engine, windows
 from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US, delay_us
 from deepseek_ray.data.periods import to_dataset
 from deepseek_ray.errors import DataError
 from deepseek_ray.logs import get_logger
@@ -139,10 +140,9 @@ def knowable(table: pl.DataFrame, rows: NDArray[np.int64], *, delay_days: float)
     )
     chosen = seen.filter(pl.col("row").is_in(rows.tolist()))
     pairs = chosen.join(seen.select("terminal_id", pl.col("us").alias("earlier")), on="terminal_id")
-    day_us = 86_400_000_000
     known = pairs.filter(
-        (pl.col("earlier") <= pl.col("us") - max(round(delay_days * day_us), 1))  # never by its own label
-        & (pl.col("earlier") > pl.col("us") - COMPROMISE_DAYS * day_us)
+        (pl.col("earlier") <= pl.col("us") - max(delay_us(delay_days), 1))  # never by its own label
+        & (pl.col("earlier") > pl.col("us") - COMPROMISE_DAYS * DAY_US)
     )["row"].unique()
     terminal = np.isin(rows, known.to_numpy())
     return ((scenario[rows] == 1) | (scenario[rows] == 3) | terminal).astype(np.float64)

@@ -30,7 +30,8 @@ from ray.data import DataContext, Dataset
 
 from deepseek_ray.data import history, offline_store
 from deepseek_ray.data.batch_engine import assemble, owner_columns
-from deepseek_ray.data.formulas import FloatArray, delay_us
+from deepseek_ray.data.events import delay_us
+from deepseek_ray.data.formulas import FloatArray
 from deepseek_ray.data.history import UNKNOWN_DEVICE, History
 from deepseek_ray.data.windows import OWNERS, VectorSpec
 from deepseek_ray.errors import DeepseekRayError, FeatureError, SchemaError

@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US, delay_us
 from deepseek_ray.data.periods import card_numbers
 from deepseek_ray.data.prediction_archive import read_predictions, stack_sequences, stack_values
-from deepseek_ray.data.table import delay_us
 from deepseek_ray.errors import DataError
 from deepseek_ray.paths import RunPaths
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import polars as pl
 
 from deepseek_ray.data import state as st
-from deepseek_ray.data.events import Transaction, to_us
-from deepseek_ray.data.formulas import FloatArray, delay_us, is_large
+from deepseek_ray.data.events import SECOND_US, Transaction, delay_us, to_us
+from deepseek_ray.data.formulas import FloatArray, is_large
 from deepseek_ray.data.history import UNKNOWN_DEVICE
 from deepseek_ray.data.state import State, StateStore, hashed
 from deepseek_ray.data.stream_vector import CHANNEL_CODE, Moment, Vectors
 from deepseek_ray.data.warm import states_of
-from deepseek_ray.data.windows import LARGE_WINDOW_US, OWNERS, SECOND_US, Declaration, VectorSpec
+from deepseek_ray.data.windows import LARGE_WINDOW_US, OWNERS, Declaration, VectorSpec
 from deepseek_ray.errors import FeatureError, StaleEventError
 
 _WARM_CHUNK = 2_000
@@ -167,12 +167,6 @@ class StreamEngine:
         if write:
             self.flush()
         return position
-
-    def restore_label(self, card_id: str, terminal_id: str, device_id: str, order_us: int, label_us: int) -> None:
-        """Take in a fraud label from the log at the position that ``apply_label`` returned before a crash."""
-        keys = self.keys_of(card_id, terminal_id, device_id)
-        self._place_label(keys, self._load(keys.values()), order_us, label_us)
-        self.flush()
 
     def _place_label(self, keys: dict[str, str], states: dict[str, State], order_us: int, position: int) -> int:
         if position - order_us > self._horizon["card"]:

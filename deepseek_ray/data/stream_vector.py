@@ -13,7 +13,7 @@ import numpy as np
 
 from deepseek_ray.data import state as st
 from deepseek_ray.data.batch_engine import SEQUENCE_CHANNELS
-from deepseek_ray.data.events import CHANNELS, Transaction
+from deepseek_ray.data.events import CHANNELS, SECOND_US, Transaction
 from deepseek_ray.data.formulas import (
     FORMULAS,
     REQUEST_WIDTH,
@@ -27,7 +27,7 @@ from deepseek_ray.data.formulas import (
 from deepseek_ray.data.history import UNKNOWN_DEVICE
 from deepseek_ray.data.state import State
 from deepseek_ray.data.stream_frame import MAX_SEGMENTS, Segments, StreamFrame
-from deepseek_ray.data.windows import OWNERS, SECOND_US, VectorSpec
+from deepseek_ray.data.windows import OWNERS, VectorSpec
 
 CHANNEL_CODE = {name: code for code, name in enumerate(CHANNELS)}
 _CARD_ROW = {

@@ -17,14 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from deepseek_ray.data.events import CHANNELS, MAX_AMOUNT_CENTS, TRANSACTION_COLUMNS
+from deepseek_ray.data.events import CHANNELS, MAX_AMOUNT_CENTS, TRANSACTION_COLUMNS, delay_us
 from deepseek_ray.errors import DataError, EnvironmentProblemError, SchemaError
 
 UNKNOWN = "unknown"
 """Value of an optional attribute that was not given; an unknown device orders nothing."""
-
-US_PER_S = 1_000_000
-US_PER_DAY = 86_400 * US_PER_S
 
 SCHEMA: dict[str, pl.DataType] = {
     "transaction_id": pl.String(),
@@ -186,11 +183,6 @@ def with_labels(table: pl.DataFrame, *, label_delay_days: float) -> pl.DataFrame
     known = pl.max_horizontal(pl.col("order_us") + delay_us(label_delay_days), pl.col("label_us"))
     label_us = pl.when(pl.col("is_fraud").is_not_null()).then(known).otherwise(None)
     return table.with_columns(label_us.cast(pl.Int64).alias("label_us"))
-
-
-def delay_us(days: float) -> int:
-    """A delay in days as whole microseconds; the one rounding that every engine shares."""
-    return round(days * US_PER_DAY)
 
 
 def digest(table: pl.DataFrame) -> str:

@@ -20,9 +20,9 @@ from scipy.spatial import cKDTree
 
 from deepseek_ray.config import DataConfig
 from deepseek_ray.data.attacks import bursts, draw_daily, since_burst_us
-from deepseek_ray.data.events import to_us
+from deepseek_ray.data.events import DAY_US, to_us
 from deepseek_ray.data.fraud_patterns import FraudPattern, drift_preset
-from deepseek_ray.data.table import UNKNOWN, US_PER_DAY, to_table
+from deepseek_ray.data.table import UNKNOWN, to_table
 from deepseek_ray.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
@@ -307,10 +307,8 @@ def _attack(
     factor = np.exp(rng.uniform(low, high, len(card)))
     amount = np.maximum(np.rint(world.mean_amount[card] * factor * 100), 1).astype(np.int64)
     device, country = _traces(pattern, world, len(drawn), attack, card, terminal, first_device, rng)
-    day = time_us // US_PER_DAY
-    rows = Rows(
-        card, terminal, day, time_us % US_PER_DAY, amount, np.full(len(card), pattern.scenario), device, country
-    )
+    day = time_us // DAY_US
+    rows = Rows(card, terminal, day, time_us % DAY_US, amount, np.full(len(card), pattern.scenario), device, country)
     return _take(rows, day < num_days)
 
 
@@ -360,7 +358,7 @@ def _to_frame(rows: Rows, world: World, start_us: int, label_delay_days: float) 
     channel = np.select(
         [kind == KINDS.index("online"), kind == KINDS.index("atm"), _is_contactless(rows, world)], [2, 3, 1], default=0
     )
-    event_us = pl.Series(start_us + rows.day * US_PER_DAY + rows.time_us)
+    event_us = pl.Series(start_us + rows.day * DAY_US + rows.time_us)
     columns: dict[str, Any] = {
         "transaction_id": _names("tx", np.arange(len(order)), width=9),
         "event_time": event_us.cast(pl.Datetime("us")).dt.replace_time_zone("UTC"),

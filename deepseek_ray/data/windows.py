@@ -17,15 +17,13 @@ from typing import Any
 
 import yaml
 
-from deepseek_ray.data.events import CHANNELS
+from deepseek_ray.data.events import CHANNELS, DAY_US, SECOND_US
 from deepseek_ray.errors import FeatureError
 
 DECLARATION = Path(__file__).parents[1] / "features" / "windows.yaml"  # a symlink here, files in the wheel
 FORMULA_VERSION = 1
 """``version`` of the declaration and part of every digest: raise both when a formula changes its value."""
 
-SECOND_US = 1_000_000
-DAY_US = 86_400 * SECOND_US
 _UNITS_US = {"m": 60 * SECOND_US, "h": 3_600 * SECOND_US, "d": DAY_US}
 
 LARGE_WINDOW_US = 30 * DAY_US

@@ -170,13 +170,6 @@ class RiskModel(nn.Module):
         self.train(was_training)
         return counts / np.maximum(counts.sum(-1, keepdims=True), 1) if len(counts) else counts
 
-    def num_parameters(self) -> tuple[int, int]:
-        """(all, active for one row) trained parameters."""
-        total = sum(p.numel() for p in self.parameters())
-        shape = self.config.shape
-        idle = shape.num_experts - shape.top_k
-        return total, total - sum(sum(w[0].numel() for w in m.experts.parameters()) * idle for m in self.experts)
-
     def save_pretrained(self, path: str | Path) -> Path:
         """Write config.json and model.safetensors (float32) into a folder; the config last, each file atomically."""
         folder = Path(path)

@@ -8,14 +8,15 @@ import numpy as np
 import polars as pl
 
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import DAY_US, RiskDataset, tail_start
+from deepseek_ray.data.datasets import RiskDataset, tail_start
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_archive import read_newest, stack_values
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.served import mature_before, matured_rows
 from deepseek_ray.online.drift import Reference, compare_all
 from deepseek_ray.online.intake import end_of_day, root_until
 from deepseek_ray.online.ledger import Ledger
-from deepseek_ray.online.watch import CALENDAR
+from deepseek_ray.online.watch import varying
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import CHAMPION, Registry, VersionInfo
 
@@ -101,7 +102,5 @@ class _Champion:
         self.trained_us = max(self.until_us, end_of_day(info.tags["train_end"]))
         self.counted = ledger.counted(info.version)
         self.told = {name for name, one in self.counted.items() if one.told}
-        spread = rows.features.std(axis=0)
-        varying = [name for name, width in zip(rows.feature_names, spread, strict=True) if width > 0]
-        self.columns = {name: rows.feature_names.index(name) for name in varying if not name.startswith(CALENDAR)}
+        self.columns = varying(rows)
         self.references = [Reference.fit(name, rows.features[:, at]) for name, at in self.columns.items()]

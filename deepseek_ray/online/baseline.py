@@ -20,7 +20,7 @@ from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.errors import DataError
 from deepseek_ray.metrics import average_precision, calibration_error, cp100
 from deepseek_ray.online.drift import Floats, Reference
-from deepseek_ray.online.watch import CALENDAR
+from deepseek_ray.online.watch import varying
 
 if TYPE_CHECKING:
     from deepseek_ray.online.measure import Scorer  # brings torch, which who reads a baseline does without
@@ -50,6 +50,11 @@ class HeldOut:
     average_precision: float | None
     cp100: float
     calibration_error: float
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What was measured, without the rows."""
+        return {name: getattr(self, name) for name in ("rows", "average_precision", "cp100", "calibration_error")}
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,7 @@ class Baseline:
         Raises:
             DataError: there are no rows to compare with.
         """
-        spread = train.features.std(axis=0) if len(train) else np.zeros(0)
-        varying = [i for i, width in enumerate(spread) if width > 0]
-        named = {train.feature_names[i]: i for i in varying if not train.feature_names[i].startswith(CALENDAR)}
+        named = varying(train)
         if not named:
             raise DataError(f"{len(train)} training rows hold no feature that varies.", fix="train on more days")
         features = tuple(Reference.fit(n, train.features[:, i], max_sample=MAX_SAMPLE) for n, i in named.items())
@@ -110,7 +113,7 @@ class Baseline:
             "feature_digest": self.feature_digest,
             "feature_names": self.feature_names,
             "references": [one.name for one in self._references()],
-            "held_out": None if self.held_out is None else {name: getattr(self.held_out, name) for name in _FIGURES},
+            "held_out": self.held_out.figures if self.held_out else None,
         }
         if self.held_out is not None:
             arrays |= {"scores": self.held_out.scores, "labels": self.held_out.labels}
@@ -150,7 +153,6 @@ class Baseline:
 
 
 _PARTS = ("edges", "shares", "sample")
-_FIGURES = ("rows", "average_precision", "cp100", "calibration_error")
 
 
 def _judged(rows: RiskDataset, scores: npt.NDArray[np.float64]) -> HeldOut:

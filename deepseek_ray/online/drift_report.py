@@ -96,7 +96,7 @@ def judge_drift(baseline: Baseline, live: Span, matured: Span, newest_us: int, c
         score=score,
         quality=quality,
         own_quality=own_quality,
-        held_out=_figures(baseline.held_out),
+        held_out=baseline.held_out.figures if baseline.held_out else {},
         streams=streams,
         checks=tuple(_checks(features, score, own_quality, baseline.held_out, streams, config)),
     )
@@ -166,8 +166,3 @@ def _at_most(name: str, value: float, bound: float, detail: str) -> Check:
 
 def _moved(stream: StreamResult) -> str:
     return f"squared error {stream.before:.5f} -> {stream.after:.5f}"
-
-
-def _figures(held_out: HeldOut | None) -> dict[str, float | None]:
-    names = ("rows", "average_precision", "cp100", "calibration_error")
-    return {} if held_out is None else {name: getattr(held_out, name) for name in names}

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_span import newest_us, read_labelled, read_vectors
 from deepseek_ray.data.served import matured_rows
 from deepseek_ray.errors import DataError, DeepseekRayError

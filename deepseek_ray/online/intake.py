@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.served import Matured
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.logs import get_logger

@@ -15,8 +15,7 @@ import numpy as np
 import polars as pl
 
 from deepseek_ray.client import RiskClient
-from deepseek_ray.data.datasets import DAY_US
-from deepseek_ray.data.events import Feedback, Transaction
+from deepseek_ray.data.events import DAY_US, Feedback, Transaction
 from deepseek_ray.errors import DeepseekRayError, RequestError
 from deepseek_ray.logs import get_logger
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_span import Span
-from deepseek_ray.data.table import delay_us
+from deepseek_ray.data.served import mature_before
 from deepseek_ray.metrics import average_precision, calibration_curve, calibration_error, cp100
 
 
@@ -67,7 +67,7 @@ class Quality:
 
 def matured_span(newest_us: int, label_delay_days: float, num_days: int) -> tuple[int, int]:
     """The newest whole days that are old enough for their labels, ``[start, end)`` in microseconds."""
-    end_us = (newest_us - delay_us(label_delay_days)) // DAY_US * DAY_US  # a day cut short would judge on a few rows
+    end_us = mature_before(newest_us, label_delay_days)
     return end_us - num_days * DAY_US, end_us
 
 

@@ -13,20 +13,18 @@ import math
 from scipy import stats
 
 
-def log_bayes_factor(hits: int, trials: int, null: float, *, prior: tuple[float, float] = (1.0, 1.0)) -> float:
-    """Natural logarithm of the evidence that the share of hits is above ``null``.
+def log_bayes_factor(hits: int, trials: int, null: float) -> float:
+    """Natural logarithm of the evidence that the share of hits is above ``null``; before any, all shares are as likely.
 
     Args:
         hits: how many of the trials.
         trials: in all; each hits with the same probability, given those before.
         null: largest share that is tolerated, 0-1; at 0 and 1 there is nothing to test and the answer is 0.
-        prior: parameters of the Beta distribution of shares above the null.
     """
     if trials == 0 or not 0 < null < 1:
         return 0.0
-    a, b = prior
-    above = stats.beta.logsf(null, a + hits, b + trials - hits) - stats.beta.logsf(null, a, b)
-    return float(stats.betabinom.logpmf(hits, trials, a, b) + above - stats.binom.logpmf(hits, trials, null))
+    above = stats.beta.logsf(null, 1 + hits, 1 + trials - hits) - stats.beta.logsf(null, 1, 1)
+    return float(stats.betabinom.logpmf(hits, trials, 1, 1) + above - stats.binom.logpmf(hits, trials, null))
 
 
 def always_valid_p(log_factor: float) -> float:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 import polars as pl
 
 from deepseek_ray.config import ServingConfig
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_archive import stack_values
 from deepseek_ray.metrics import average_precision
 from deepseek_ray.online.drift import DriftResult, Reference, compare_all
@@ -20,6 +21,13 @@ from deepseek_ray.online.threshold import LiveThreshold
 
 CALENDAR = ("weekday_", "weekend")
 """Features that are constant within a day: against many days they would always seem to have moved."""
+
+
+def varying(rows: RiskDataset) -> dict[str, int]:
+    """Features worth comparing, by name with their place: they vary over the rows and are not of the calendar."""
+    spread = rows.features.std(axis=0) if len(rows) else ()
+    named = zip(rows.feature_names, spread, strict=False)
+    return {name: place for place, (name, width) in enumerate(named) if width > 0 and not name.startswith(CALENDAR)}
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,7 @@ class Watch:
     def __init__(
         self, reference: RiskDataset, config: ServingConfig, *, threshold: float, window_days: float = 3.0
     ) -> None:
-        spread = reference.features.std(axis=0)
-        varying = [index for index, name in enumerate(reference.feature_names) if spread[index] > 0]
-        names = {reference.feature_names[index]: index for index in varying}
-        self._columns = {name: index for name, index in names.items() if not name.startswith(CALENDAR)}
+        self._columns = varying(reference)
         self._references = [Reference.fit(name, reference.features[:, i]) for name, i in self._columns.items()]
         self._live = LiveThreshold(config, threshold)
         self._window_us = round(window_days * DAY_US)

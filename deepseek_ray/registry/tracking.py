@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
 from deepseek_ray.config import StoreConfig
-from deepseek_ray.errors import RegistryError, RegistryUnavailableError
+from deepseek_ray.errors import RegistryError, RegistryUnavailableError, first_line
 from deepseek_ray.logs import hide_password
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry.first_touch import first_touch
@@ -196,9 +196,9 @@ class Tracking:
         return Run(self, run_id)
 
     @contextmanager
-    def start_run(self, run_name: str, *, tags: Mapping[str, str] | None = None, parent: str = "") -> Iterator[Run]:
+    def start_run(self, run_name: str, *, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
         """Create a run and close it: ``FAILED`` when the body raises."""
-        run = self.create_run(run_name, tags=tags, parent=parent)
+        run = self.create_run(run_name, tags=tags)
         try:
             yield run
         except BaseException:
@@ -208,10 +208,10 @@ class Tracking:
         run.finish()
 
 
-def git_commit(folder: Path | None = None) -> str:
+def git_commit() -> str:
     """Commit of the code in a checkout, with ``-dirty`` when it has changes; "unknown" outside one."""
-    where = folder or Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(where), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    here = str(Path(__file__).resolve().parents[2])
+    command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -309,11 +309,11 @@ def _translated(uri: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code in _UNAVAILABLE:
             raise RegistryUnavailableError(
-                f"The MLflow store {shown!r} does not answer: {_first_line(error)}",
+                f"The MLflow store {shown!r} does not answer: {first_line(error)}",
                 fix="see whether another process holds it",
             ) from error
         raise RegistryError(
-            f"The MLflow store {shown!r} refused: {_first_line(error)}", fix="correct the request"
+            f"The MLflow store {shown!r} refused: {first_line(error)}", fix="correct the request"
         ) from error
     except ModuleNotFoundError as error:
         raise RegistryUnavailableError(
@@ -322,7 +322,7 @@ def _translated(uri: str) -> Iterator[None]:
         ) from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         raise RegistryUnavailableError(
-            f"The MLflow store {shown!r} does not answer: {_first_line(error)}",
+            f"The MLflow store {shown!r} does not answer: {first_line(error)}",
             fix="restore it or choose another run folder",
         ) from error
     except OSError as error:
@@ -330,10 +330,6 @@ def _translated(uri: str) -> Iterator[None]:
             f"Files of the MLflow store {shown!r} cannot be used: {error}.",
             fix="free space or make its folder writable",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _experiment(client: MlflowClient, name: str, artifact_root: str, *, create: bool) -> str:

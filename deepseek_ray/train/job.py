@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +20,7 @@ import torch
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.parallel.data import DataAxis
+from deepseek_ray.paths import replace_text
 from deepseek_ray.train import checkpoint
 from deepseek_ray.train.step import EpochRecord, Recipe, Training, held_out_precision
 
@@ -205,6 +205,4 @@ def _write_result(job: Job, result: JobResult) -> None:
     content = asdict(result) | {"fingerprint": job.fingerprint, "model_dir": str(result.model_dir)}
     if np.isnan(result.validation_average_precision):
         content["validation_average_precision"] = None
-    draft = job.folder / f".{RESULT}"
-    draft.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    os.replace(draft, job.folder / RESULT)
+    replace_text(job.folder / RESULT, json.dumps(content, indent=2, sort_keys=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from deepseek_ray.errors import CheckpointError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.files import sha256_of
-from deepseek_ray.paths import sync
+from deepseek_ray.paths import replace_text, sync
 
 MANIFEST = "manifest.json"
 _log = get_logger(__name__)
@@ -31,12 +30,7 @@ def commit(target: Path, content: Mapping[str, Any]) -> None:
     for name in names:
         sync(target / name)
     whole = {**content, "files": _digests(target, names)}
-    draft = target / f".{MANIFEST}"
-    text = json.dumps({**whole, "digest": _digest(whole)}, indent=2, sort_keys=True)
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    os.replace(draft, target / MANIFEST)
-    sync(target)
+    replace_text(target / MANIFEST, json.dumps({**whole, "digest": _digest(whole)}, indent=2, sort_keys=True))
 
 
 def read(path: Path) -> dict[str, Any]:

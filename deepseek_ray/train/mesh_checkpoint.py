@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-from deepseek_ray.errors import CheckpointError
+from deepseek_ray.errors import CheckpointError, first_line
 from deepseek_ray.models.pretrained import check
 from deepseek_ray.parallel.apply import SpreadModel
 from deepseek_ray.train import manifest
@@ -223,4 +223,4 @@ def _reason(error: BaseException) -> str:
     """The first line that says something, of an error that may carry one of each process."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

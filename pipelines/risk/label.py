@@ -17,7 +17,7 @@ import polars as pl
 
 from deepseek_ray.cli import add_settings, guarded, settings_of
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_archive import read_predictions, stack_sequences, stack_values
 from deepseek_ray.errors import ConfigError, DataError
 from deepseek_ray.online.acquisition import EXPLORE, choose

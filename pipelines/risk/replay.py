@@ -22,7 +22,8 @@ from deepseek_ray.cli import add_settings, guarded, settings_arguments, settings
 from deepseek_ray.client import RiskClient
 from deepseek_ray.config import Config
 from deepseek_ray.data import table
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.periods import Period, periods
 from deepseek_ray.data.prediction_archive import read_predictions
 from deepseek_ray.errors import DataError

@@ -24,7 +24,7 @@ import polars as pl
 
 from deepseek_ray.client import RiskClient
 from deepseek_ray.data import table
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.periods import periods
 from deepseek_ray.online.playback import Label, Outcome, send_labels, to_transactions
 from deepseek_ray.paths import RunPaths

@@ -12,7 +12,8 @@ import pytest
 from deepseek_ray.cli import main
 from deepseek_ray.data import windows
 from deepseek_ray.data.batch_engine import compute
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.paths import RunPaths
 from tests.served_run import DELAY_DAYS, LINEAGE, SEQUENCE_LEN, make_run

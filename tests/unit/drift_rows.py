@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_log import LoggedFeedback, PredictionLog
 from deepseek_ray.data.prediction_span import Span
 from deepseek_ray.online.baseline import Baseline

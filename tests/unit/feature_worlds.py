@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from deepseek_ray.data.events import CHANNELS
-from deepseek_ray.data.windows import DAY_US
+from deepseek_ray.data.events import CHANNELS, DAY_US
 
 START_US = 1_767_225_600_000_000  # 2026-01-01
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from deepseek_ray.config import ModelConfig
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.models import RiskModelConfig
 
 NUM_DAYS = 20

@@ -9,9 +9,10 @@ import polars as pl
 import pytest
 
 from deepseek_ray.data import attacks
+from deepseek_ray.data.events import delay_us
 from deepseek_ray.data.fraud_patterns import TERMINAL_NIGHT
 from deepseek_ray.data.protocol import day_number, day_numbers
-from deepseek_ray.data.table import delay_us, to_table
+from deepseek_ray.data.table import to_table
 from deepseek_ray.errors import DataError
 
 FIRST = day_number(date(2018, 4, 21))

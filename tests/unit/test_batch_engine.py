@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 
 from deepseek_ray.data import batch_engine, windows
-from deepseek_ray.data.windows import DAY_US, Feature
+from deepseek_ray.data.events import DAY_US
+from deepseek_ray.data.windows import Feature
 from deepseek_ray.errors import FeatureError, SchemaError
 from tests.unit.feature_worlds import world
 

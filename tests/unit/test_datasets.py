@@ -12,7 +12,8 @@ import pytest
 
 from deepseek_ray.config import DataConfig
 from deepseek_ray.data.batch_engine import FeatureTable
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.periods import card_numbers, periods, to_dataset
 from deepseek_ray.errors import DataError
 from tests.unit.risk_rows import NUM_DAYS, make_rows
@@ -53,9 +54,9 @@ def test_the_tail_is_made_of_whole_days_and_comes_last() -> None:
     assert early.order_us.max() < late.order_us.min()
 
 
-def test_select_between_labelled_and_concat() -> None:
+def test_select_labelled_and_concat() -> None:
     rows = make_rows(100)
-    day_two = rows.between(DAY_US, 2 * DAY_US)
+    day_two = rows.select(rows.day == 1)
     assert set(day_two.day) == {1}
     unknown = dataclasses.replace(day_two, label=np.full(len(day_two), -1, dtype=np.int8))
     assert len(unknown.labelled()) == 0
@@ -90,8 +91,9 @@ def test_a_file_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_day_has_no_tail() -> None:
+    rows = make_rows(100)
     with pytest.raises(DataError, match="cannot be split"):
-        make_rows(100).between(0, DAY_US).split_tail(0.5)
+        rows.select(rows.day == 0).split_tail(0.5)
 
 
 def test_periods_keep_the_label_delay_between_training_and_judging() -> None:

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from deepseek_ray.config import DriftConfig
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.online.baseline import Baseline
 from deepseek_ray.online.drift_report import DriftReport, judge_drift
 from tests.unit.drift_rows import DIGEST, VERSION, FirstFeature, baseline, live, span, training_rows

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.errors import DataError
 from deepseek_ray.online import drift_run
 from deepseek_ray.online.drift_run import baseline_of, report_on

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_ray.config import Config
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.online.drift_report import judge_drift
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving import drift_watch

@@ -12,8 +12,7 @@ import pytest
 from aiohttp import web
 
 from deepseek_ray.client import RiskClient
-from deepseek_ray.data.datasets import DAY_US
-from deepseek_ray.data.events import to_us
+from deepseek_ray.data.events import DAY_US, to_us
 from deepseek_ray.data.table import to_table
 from deepseek_ray.errors import RequestError
 from deepseek_ray.online import playback

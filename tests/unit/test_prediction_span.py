@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_archive import compact
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.prediction_span import newest_us, read_labelled, read_vectors

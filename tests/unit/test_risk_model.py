@@ -115,7 +115,10 @@ def test_calibration_on_one_class_changes_nothing() -> None:
 def test_the_dense_ablation_has_the_active_size_and_no_experts() -> None:
     moe, dense = RiskModel(make_config(ROWS)), RiskModel(make_config(ROWS, dense=True))
     router = SHAPE.num_layers * SHAPE.num_experts * SHAPE.d_model
-    assert dense.num_parameters()[0] == moe.num_parameters()[1] - router
+    total, active = (sum(weight.numel() for weight in model.parameters()) for model in (moe, dense))
+    one_expert = sum(weight[0].numel() for weight in moe.experts[0].experts.parameters())
+    idle = SHAPE.num_layers * (SHAPE.num_experts - SHAPE.top_k)
+    assert active == total - router - idle * one_expert
     assert dense.experts == []
     assert dense.expert_load(ROWS.features, ROWS.sequence).size == 0
 

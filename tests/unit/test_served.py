@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_ray.data.datasets import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.periods import card_numbers
 from deepseek_ray.data.prediction_archive import compact, read_predictions
 from deepseek_ray.data.prediction_log import LoggedPrediction, PredictionLog

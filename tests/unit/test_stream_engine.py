@@ -10,10 +10,9 @@ import polars as pl
 import pytest
 
 from deepseek_ray.data import batch_engine, windows
-from deepseek_ray.data.events import Transaction
+from deepseek_ray.data.events import DAY_US, Transaction
 from deepseek_ray.data.state import MemoryStore
 from deepseek_ray.data.stream_engine import Served, StreamEngine
-from deepseek_ray.data.windows import DAY_US
 from deepseek_ray.errors import FeatureError, StaleEventError
 from tests.unit.feature_worlds import world
 
@@ -178,13 +177,13 @@ def test_after_a_crash_logged_events_and_labels_are_restored_once() -> None:
         steady.observe(tx)
         orders.append(crashed.observe_many([tx], write=n < lost)[0].order_us)  # type: ignore[union-attr]
     label = txs[5].card_id, txs[5].terminal_id, txs[5].device_id, orders[5]
-    position = steady.apply_label(*label, True, 0)
+    steady.apply_label(*label, True, 0)
     crashed.apply_label(*label, True, 0, write=False)
     restarted = engine(store)
     for n in range(lost - 10, len(txs)):
         restarted.restore(txs[n], orders[n])
-    restarted.restore_label(*label, position)
-    restarted.restore_label(*label, position)
+    restarted.apply_label(*label, True, 0)
+    restarted.apply_label(*label, True, 0)
     later = txs[-1].model_copy(update={"event_time": txs[-1].event_time + timedelta(days=1)})
     np.testing.assert_array_equal(restarted.observe(later).values, steady.observe(later).values)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_ray.data import table
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.errors import DataError, EnvironmentProblemError, SchemaError
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-DAY_US = 86_400_000_000
 
 
 def payments(*rows: tuple[str, int, str, str, str]) -> pl.DataFrame:

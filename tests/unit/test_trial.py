@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from deepseek_ray.config import Config, DataConfig
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.evidence import GateDecision
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.online.trial import judge, judging_rows

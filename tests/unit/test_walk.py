@@ -9,7 +9,8 @@ import pytest
 
 from deepseek_ray import metrics
 from deepseek_ray.config import Config, build_config
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.errors import DataError
 from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.updater import remember

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from deepseek_ray.config import ServingConfig
-from deepseek_ray.data.datasets import DAY_US, RiskDataset
+from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.metrics import average_precision
 from deepseek_ray.online.watch import Watch
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deepseek_ray.data import windows
-from deepseek_ray.data.windows import DAY_US
+from deepseek_ray.data.events import DAY_US
 from deepseek_ray.errors import FeatureError
 
 
