@@ -21,17 +21,15 @@ from deepseek_ray.config import Config, build_config
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.events import DAY_US
 from deepseek_ray.data.prediction_log import LoggedFeedback, PredictionLog
-from deepseek_ray.models import RiskModel, RiskModelConfig
+from deepseek_ray.models import RiskModel
 from deepseek_ray.online import cycle
 from deepseek_ray.online.ledger import Ledger
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Registry
-from deepseek_ray.train.step import Recipe, train_in_process
 from tests.served_run import promote
 from tests.unit.serving_parts import event
 from tests.unit.test_prediction_log import row
-from tests.unit.test_strategy import NAMES, NEW_TEST, OLD, OLD_TEST, SHAPE, make_rows
-from tests.unit.test_updater import TRAIN
+from tests.unit.update_parts import NEW_TEST, OLD, OLD_TEST, SHAPE, TRAIN, make_rows, train_on
 
 FIRST_SERVED_DAY = 60
 ROWS_A_DAY = 40
@@ -54,15 +52,7 @@ def make_config(**changes: Any) -> Config:
 @functools.cache
 def old_season_model() -> RiskModel:
     """A model that knows the old season; trained once a process."""
-    torch.manual_seed(0)
-    config = RiskModelConfig(
-        feature_names=NAMES, sequence_len=2, shape=SHAPE, feature_service="risk_default_v1", feature_digest="d"
-    )
-    model = RiskModel(config)
-    everything = OLD.concat(NEW_TEST)
-    model.prepare(everything.features, everything.label)
-    train_in_process(model, OLD, Recipe.of(TRAIN, epochs=6, lr=1e-2))
-    return model
+    return train_on(OLD, NEW_TEST, SHAPE, epochs=6, feature_service="risk_default_v1", feature_digest="d")
 
 
 def make_run(folder: Path) -> tuple[RunPaths, Registry]:

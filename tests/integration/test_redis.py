@@ -13,7 +13,7 @@ from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.redis_store import PASSWORD_ENV
 from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.paths import RunPaths
-from tests.integration.test_serve_risk import Server, event, score
+from tests.integration.risk_process import Server, event, score
 from tests.served_run import make_run
 from tests.stores import Store, free_port, redis_server
 from tests.unit.feature_worlds import world

@@ -18,7 +18,7 @@ import pytest
 
 from serve_apps.ingress import free_port
 from tests.certificate import make_certificate
-from tests.integration.test_serve_risk import KEY, Server, event
+from tests.integration.risk_process import KEY, Server, event
 from tests.served_run import make_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

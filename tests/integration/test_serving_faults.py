@@ -10,7 +10,7 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from deepseek_ray.data.windows import load
 from deepseek_ray.registry import CHAMPION
 from serve_apps.ingress import free_port
 from tests import served_run
-from tests.integration.test_serve_risk import KEY, Server, event, score
+from tests.integration.risk_process import KEY, Server, event, score
 from tests.integration.traffic import Traffic
 from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run
 from tests.stores import redis_server
@@ -33,18 +33,6 @@ from tests.stores import redis_server
 SHAPE = ModelConfig(d_model=16, num_layers=1, num_heads=2, d_expert=16, num_bins=4)
 FULL_AT = 1 << 16
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
-    return make_run(tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="module")
-def server(run: ServedRun) -> Iterator[Server]:
-    made = Server(run, free_port())
-    yield made
-    assert made.stop() == 0
 
 
 def traffic(server: Server) -> Traffic:

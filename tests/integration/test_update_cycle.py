@@ -9,12 +9,10 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.prediction_archive import read_predictions
@@ -26,17 +24,10 @@ from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.paths import RunPaths, exclusive
 from deepseek_ray.registry import CHAMPION, Registry
 from tests import update_run
+from tests.unit.update_parts import one_thread  # noqa: F401 - a fixture
 from tests.update_run import late_label, make_config, serve_days
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from deepseek_ray.models import RiskModel
 from deepseek_ray.online.acquisition import choose, diverse, gradients
 from deepseek_ray.train.step import Recipe, train_in_process
 from tests.unit.risk_rows import make_config, make_rows
-from tests.unit.test_updater import TRAIN
+from tests.unit.update_parts import TRAIN
 
 ROWS = make_rows(600, seed=1)
 

@@ -12,7 +12,7 @@ from deepseek_ray.online.backlog import Backlog
 from deepseek_ray.online.ledger import Counted, Ledger
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema
-from tests.unit.test_strategy import NAMES, OLD, make_rows
+from tests.unit.update_parts import NAMES, OLD, make_rows
 from tests.update_run import make_config, serve_days
 
 SCHEMA = InputSchema(

@@ -12,52 +12,34 @@ import torch
 from torch import nn
 
 import deepseek_ray.models as models
-from deepseek_ray.config import ModelConfig, UpdateConfig
-from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.config import UpdateConfig
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.distillation import Derpp, Lwf
 from deepseek_ray.online.ewc import fisher_information
 from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.strategy import Material, Strategy
 from deepseek_ray.online.updater import STRATEGIES, remember, warm_start
-from deepseek_ray.train.step import Recipe, train_in_process
-from tests.unit.test_updater import TRAIN, one_thread, precision  # noqa: F401 - a fixture
+from deepseek_ray.train.step import Recipe
+from tests.unit.update_parts import (  # noqa: F401 - a fixture
+    NEW,
+    NEW_TEST,
+    OLD,
+    OLD_TEST,
+    SHAPE,
+    TRAIN,
+    one_thread,
+    precision,
+    train_on,
+)  # fmt: skip
 
-NAMES = ("season", "old_pattern", "new_pattern")
-SHAPE = ModelConfig(d_model=16, num_layers=1, num_heads=2, num_experts=4, d_expert=16, num_bins=6, dropout=0.0)
 CONFIG = UpdateConfig(epochs=8, lr=3e-3, replay_fraction=0.5, min_labels=20)
 SETTINGS: dict[str, dict[str, Any]] = {"lwf": {"lwf_weight": 0.3}, "ewc": {"ewc_rows": 128}}
-
-
-def make_rows(seed: int, count: int, *, new: bool) -> RiskDataset:
-    """In the old season fraud is what has the old pattern; in the new one what has the new, and the old is noise.
-
-    Who learns the new season alone unlearns the old pattern.
-    """
-    rng = np.random.default_rng(seed)
-    label = np.arange(count) % 8 == 0
-    season = rng.uniform(0, 0.45, count) + 0.55 * new
-    noise, pattern = rng.uniform(0, 1, count), np.where(label, rng.uniform(0.6, 1, count), rng.uniform(0, 0.65, count))
-    columns = [season, noise, pattern] if new else [season, pattern, noise * 0.6]
-    sequence = np.tile([0.0, -1.0, 0.0, 0.0, 0.0, 0.0], (count, 2, 1))
-    order_us = np.arange(count) * 3_600_000_000
-    return RiskDataset.build(np.column_stack(columns), sequence, label, order_us, np.arange(count), feature_names=NAMES)
-
-
-OLD, NEW = make_rows(1, 800, new=False), make_rows(2, 800, new=True)
-OLD_TEST, NEW_TEST = make_rows(3, 800, new=False), make_rows(4, 800, new=True)
 
 
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows the old season only."""
-    torch.manual_seed(0)
-    model = RiskModel(RiskModelConfig(feature_names=NAMES, sequence_len=2, shape=SHAPE))
-    everything = OLD.concat(NEW)
-    model.prepare(everything.features, everything.label)
-    train_in_process(model, OLD, Recipe.of(TRAIN, epochs=8, lr=1e-2))
-    return model.save_pretrained(tmp_path_factory.mktemp("champion"))
+    return train_on(OLD, NEW, SHAPE, epochs=8).save_pretrained(tmp_path_factory.mktemp("champion"))
 
 
 @pytest.fixture

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import deepseek_ray.models as models
-from deepseek_ray.config import GateConfig, ModelConfig, TrainConfig, UpdateConfig
+from deepseek_ray.config import GateConfig, ModelConfig, UpdateConfig
 from deepseek_ray.data.datasets import RiskDataset
 from deepseek_ray.data.evidence import VectorContract
 from deepseek_ray.errors import DataError
-from deepseek_ray.metrics import average_precision
-from deepseek_ray.models import RiskModel, RiskModelConfig
 from deepseek_ray.online.gate import decide
 from deepseek_ray.online.measure import measure
 from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.updater import recall, remember, take_back, warm_start
-from deepseek_ray.train.step import EpochRecord, Recipe, train_in_process
+from deepseek_ray.train.step import EpochRecord
+from tests.unit.update_parts import TRAIN, one_thread, precision, train_on  # noqa: F401 - a fixture
 
 NAMES = ("amount", "old_pattern", "new_pattern")
 SHAPE = ModelConfig(d_model=8, num_layers=1, num_heads=2, num_experts=4, d_expert=8, num_bins=4, dropout=0.0)
-TRAIN = TrainConfig(batch_size=64, negative_rate=0.5)
 UPDATE = UpdateConfig(epochs=6, lr=5e-3, replay_fraction=0.5, min_labels=20)
 CONTRACT = VectorContract(schema="s", feature_service="risk_default_v1", feature_digest="f")
 
@@ -49,24 +45,10 @@ OLD, NEW = make_rows(1, 600, pattern=1), make_rows(2, 600, pattern=2)
 OLD_TEST, NEW_TEST = make_rows(3, 400, pattern=1), make_rows(4, 400, pattern=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows the old pattern only."""
-    torch.manual_seed(0)
-    model = RiskModel(RiskModelConfig(feature_names=NAMES, sequence_len=2, shape=SHAPE))
-    everything = OLD.concat(NEW)
-    model.prepare(everything.features, everything.label)
-    train_in_process(model, OLD, Recipe.of(TRAIN, epochs=6, lr=1e-2))
-    return model.save_pretrained(tmp_path_factory.mktemp("champion"))
+    return train_on(OLD, NEW, SHAPE, epochs=6).save_pretrained(tmp_path_factory.mktemp("champion"))
 
 
 @pytest.fixture
@@ -74,10 +56,6 @@ def memory() -> Reservoir:
     memory = Reservoir(200, seed=0)
     remember(memory, OLD)
     return memory
-
-
-def precision(path: Path, rows: RiskDataset) -> float:
-    return average_precision(rows.label, models.load(path).predict_proba(rows.features, rows.sequence))
 
 
 def test_a_warm_start_learns_the_new_and_keeps_the_old(champion: Path, memory: Reservoir, tmp_path: Path) -> None:
