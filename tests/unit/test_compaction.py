@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,12 @@ from deepseek_ray.paths import RunPaths, exclusive
 from deepseek_ray.serving import compaction
 from deepseek_ray.serving.compaction import Compactor
 from tests.unit.test_prediction_log import label, row
+from tests.unit.waiting import await_until
 
 
 @pytest.fixture
 def paths(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path)
-
-
-def await_until(reached: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 def ignore(last: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from deepseek_ray.serving import drift_watch
 from deepseek_ray.serving.drift_watch import PROGRAM, DriftWatch
 from deepseek_ray.serving.monitor import Monitor
 from tests.unit.drift_rows import VERSION, baseline, live, span, write_log
+from tests.unit.waiting import await_until
 
 CONFIG = Config.model_validate({"drift": {"min_rows": 200}, "serving": {"drift_every_s": 0.02}})
 
@@ -37,13 +36,6 @@ def report(factor: float = 1.0) -> dict[str, object]:
 def make_watch(paths: Path, monitor: Monitor, *program: str) -> DriftWatch:
     settings = CONFIG.model_dump()
     return DriftWatch(RunPaths(paths), settings, lambda: VERSION, monitor.drift, program=program or PROGRAM)
-
-
-def await_until(reached: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 def test_a_report_is_shown(monitor: Monitor) -> None:
