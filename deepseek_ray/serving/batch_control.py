@@ -1,96 +1,124 @@
 """How large a batch may grow, and when an item would be answered: pure arithmetic, no threads and no clock.
 
-A batch of b items takes s(b) = a + c*b. Both are followed from the batches that run, by recursive least squares
-with forgetting (a Kalman filter whose state may drift; Ljung, System Identification, 1999, chapter 11). Throughput
-b / s(b) grows with b, so the best cap is the largest that the objective allows: an item that arrives just after a
-batch has started waits for that one and then for its own, which is 2*s(b) at worst.
+A batch of b items takes s(b) = a + c*b, times a ratio of its own; neither a nor c is below 0. The line goes through
+running means of batches of about the same size, by least squares of relative errors; of the ratios the last hundred are
+kept. Throughput b / s(b) grows with b. An item that comes just after a batch has started waits for
+that one and then takes part in the next, so the best cap is the largest b for which s(b) + ratio * s(b) stays within
+the objective for nearly all ratios. Where a machine pauses so often that no b does, or only batches so small that half
+of the throughput is lost, it is the one with most answers in time: small batches would spare no one the pauses.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-MEMORY = 0.9
-"""Share of the past that each batch leaves: about ten batches count, well below a second of busy time."""
-NOISE = 0.2
-"""Spread of a batch's time around its mean, as a share of it."""
+MEMORY = 10
+"""So many batches make a running mean: well below a second of busy time."""
+FADE, LEAST = 0.9, 0.1
+"""With each batch the means of other sizes lose a tenth of their weight, down to this: sizes that have long not come
+say nothing of how fast the machine is now, and still what one item more costs."""
 OUTLIER = 3.0
-"""A surprise counts for at most so many of its standard deviations: one pause of the machine moves little."""
-TAIL, TAIL_STEP, MAX_TAIL = 0.97, 0.05, 3.0
-"""Which quantile of (observed time / mean time) is kept free, how fast it is followed, and its bound."""
+"""A batch counts for at most so many times what was expected: one pause of the machine moves little."""
+NUM_RATIOS = 100
+"""Of the last batches, observed / mean time: seconds of busy time, and enough to see one in a hundred."""
+IN_TIME = 0.995
+"""Share of answers that shall be in time: somewhat more than the 99 of 100 of the objective."""
+WORTH = 0.5
+"""The objective may cost this share of the answers in time that are possible; beyond it they come first."""
+MAX_MARGIN = 3.0
+"""Slow batches are reckoned with up to so many times the mean."""
+GROWTH = 1.1
+"""Between one size that is tried for the cap and the next."""
 RATE_MEMORY_S = 0.1
 """Over how long the rate of arrivals is averaged."""
 MIN_BATCHES = 5
 """Before so many batches nothing is known and nothing is restricted."""
 
 
+class Ratios:
+    """The last observed / mean times of batches, in order of size."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, ratio: float) -> None:
+        """Take in one; the oldest goes."""
+        if len(self._last) == NUM_RATIOS:
+            self._sorted.pop(bisect_right(self._sorted, self._last.popleft()) - 1)
+        self._last.append(ratio)
+        insort(self._sorted, ratio)
+
+    def within(self, bound: float) -> float:
+        """Share that is at most ``bound``; 1 before the first."""
+        return bisect_right(self._sorted, bound) / len(self._sorted) if self._sorted else 1.0
+
+    def quantile(self, share: float) -> float:
+        """The ratio that a share of all stays within; 1 before the first."""
+        return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else 1.0
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Of batches of about the same size."""
+
+    size: float
+    seconds: float
+    weight: float
+
+    def add(self, size: int, seconds: float) -> None:
+        self.weight = min(self.weight + 1.0, MEMORY)
+        self.size += (size - self.size) / self.weight
+        self.seconds += (seconds - self.seconds) / self.weight
+
+
 class ServiceTime:
     """The time of a batch by its size, followed batch by batch.
 
-    Args:
-        scale: a size that is typical of large batches; keeps the arithmetic well conditioned.
+    Batches of one size say nothing about others: until others come, an item more is taken to cost nothing, so that
+    larger batches are tried and show what they cost.
 
     Attributes:
-        tail: what a slow batch takes, as a multiple of the mean; at least 1.
+        batches: how many it has seen.
+        ratios: how far they were from what was expected.
     """
 
-    def __init__(self, scale: int) -> None:
-        self._scale = scale
-        self._base = self._slope = 0.0  # s(b) = base + slope * b / scale
-        self._cov = (0.0, 0.0, 0.0)  # of (base, slope): variance, covariance, variance
-        self.tail = 1.0
+    def __init__(self) -> None:
+        self._base = self._slope = 0.0  # s(b) = base + slope * b
+        self._means: dict[int, _Mean] = {}  # by the power of GROWTH that is nearest
+        self.ratios = Ratios()
         self.batches = 0
 
     def mean_s(self, size: int) -> float:
         """Expected seconds of a batch of ``size``; 0 before the first."""
-        base, slope = self._base, self._slope  # either may fall below 0 for a moment, by noise
-        return (base if base > 0 else 0.0) + (slope * size / self._scale if slope > 0 else 0.0)
-
-    def largest(self, seconds: float, at_most: int) -> int:
-        """The largest size, 1 to ``at_most``, whose slow batch stays within ``seconds``."""
-        slope = self.tail * max(self._slope, 0.0) / self._scale
-        left = seconds - self.tail * max(self._base, 0.0)
-        if left >= slope * at_most:
-            return at_most
-        return max(1, math.floor(left / slope)) if slope else 1
+        return self._base + self._slope * size
 
     def observe(self, size: int, seconds: float) -> None:
         """Take in a batch of ``size`` that took ``seconds``."""
+        seconds = max(seconds, 1e-6)
+        key = round(math.log(size, GROWTH))
+        if key in self._means:
+            expected = self.mean_s(size)
+            self.ratios.add(seconds / expected)
+            seconds = min(seconds, OUTLIER * expected)
         self.batches += 1
-        if self.batches == 1:
-            self._begin(size, seconds)
-            return
-        mean = max(self.mean_s(size), 1e-6)
-        self._follow_tail(max(seconds, 1e-6) / mean)
-        self._update(size / self._scale, seconds, mean)
+        for mean in self._means.values():
+            mean.weight = max(mean.weight * FADE, LEAST)
+        self._means.setdefault(key, _Mean(size, seconds, 0.0)).add(size, seconds)
+        self._fit()
 
-    def _begin(self, size: int, seconds: float) -> None:
-        # a first guess between "all fixed cost" and "all per item", and great doubt about it
-        per_item = 0.5 * seconds / size
-        self._base, self._slope = seconds - per_item * size, per_item * self._scale
-        self._cov = ((10 * seconds) ** 2, 0.0, (10 * seconds * self._scale / size) ** 2)
-
-    def _follow_tail(self, ratio: float) -> None:
-        step = TAIL_STEP * (TAIL if ratio > self.tail else TAIL - 1.0)
-        self.tail = min(max(self.tail * math.exp(step), 1.0), MAX_TAIL)
-
-    def _update(self, x: float, seconds: float, mean: float) -> None:
-        p, q, r = self._forget(x, mean)
-        gain = (p + q * x, q + r * x)
-        variance = gain[0] + gain[1] * x + (NOISE * mean) ** 2
-        bound = OUTLIER * math.sqrt(variance)
-        surprise = min(max(seconds - (self._base + self._slope * x), -bound), bound) / variance
-        self._base += gain[0] * surprise
-        self._slope += gain[1] * surprise
-        self._cov = (p - gain[0] ** 2 / variance, q - gain[0] * gain[1] / variance, r - gain[1] ** 2 / variance)
-
-    def _forget(self, x: float, mean: float) -> tuple[float, float, float]:
-        """Grow the doubt, up to a bound: batches of one size say nothing about the others, however many there are."""
-        p, q, r = self._cov
-        if p < (10 * mean) ** 2 and r < (10 * mean / x) ** 2:
-            return p / MEMORY, q / MEMORY, r / MEMORY
-        return p, q, r
+    def _fit(self) -> None:
+        points = [(mean.size, mean.seconds, mean.weight / mean.seconds**2) for mean in self._means.values()]
+        weight = sum(w for _, _, w in points)
+        x, y = sum(w * x for x, _, w in points) / weight, sum(w * y for _, y, w in points) / weight
+        spread = sum(w * (size - x) ** 2 for size, _, w in points)
+        both = sum(w * (size - x) * (seconds - y) for size, seconds, w in points)
+        self._slope = min(max(both / spread, 0.0), y / x) if spread > 1e-9 * weight else 0.0
+        self._base = y - self._slope * x
 
 
 class BatchControl:
@@ -110,9 +138,10 @@ class BatchControl:
         self._max = max_batch_size
         self._objective_s = objective_s
         self._buckets = tuple(sorted(set(buckets)))
-        self._time = ServiceTime(max_batch_size)
+        self._time = ServiceTime()
         self._rate, self._arrived_s = 0.0, 0.0
-        self.cap = self._fit(max_batch_size)
+        self._sizes = self._buckets or _sizes(max_batch_size)
+        self.cap = self._sizes[-1]
 
     @property
     def knows(self) -> bool:
@@ -127,7 +156,7 @@ class BatchControl:
         """Take in that a batch of ``size`` items kept the worker busy for ``seconds``; moves the cap."""
         self._time.observe(self.padded(size), seconds)
         if self._objective_s and self.knows:
-            self.cap = self._fit(self._time.largest(self._objective_s / 2, self._max))
+            self.cap = self._best()
 
     def arrived(self, weight: int, now_s: float) -> None:
         """Take in that items came: batches fill up with what comes while they wait."""
@@ -143,8 +172,15 @@ class BatchControl:
         return self._time.mean_s(pad_to(size, self._buckets) if self._buckets else size)
 
     def slow_s(self, size: int) -> float:
-        """Seconds that 97 of 100 batches of a size stay below; 0 while nothing is known."""
-        return self._time.tail * self.batch_s(size)
+        """Seconds of a batch that is one of the slow ones; 0 while nothing is known."""
+        return self._margin() * self.batch_s(size)
+
+    def _margin(self) -> float:
+        """What a slow batch takes, over the mean: not more than the objective leaves for a batch of the cap."""
+        bound = MAX_MARGIN
+        if self._objective_s and (mean_s := self.batch_s(self.cap)):
+            bound = min(self._objective_s / mean_s - 1.0, bound)
+        return max(min(self._time.ratios.quantile(IN_TIME), bound), 1.0)
 
     def finish_s(self, left_s: float, ahead: int, weight: int) -> float:
         """Seconds until an item is answered that joins the queue now, should its batches be slow ones.
@@ -163,9 +199,24 @@ class BatchControl:
         own = rest + weight + int(self._rate * start_s)  # others join it until it starts
         return start_s + self.slow_s(min(own, max(self.cap, weight)))
 
-    def _fit(self, size: int) -> int:
-        fitting = [bucket for bucket in self._buckets if bucket <= size]
-        return fitting[-1] if fitting else min(size, self._buckets[0]) if self._buckets else size
+    def _best(self) -> int:
+        fitting = most = self._sizes[-1]
+        kept_rate = rate = 0.0
+        for size in self._sizes:
+            mean_s = self.batch_s(size)
+            share = self._time.ratios.within(self._objective_s / mean_s - 1.0)
+            if share * size / mean_s > rate:
+                most, rate = size, share * size / mean_s
+            if share >= IN_TIME:
+                fitting, kept_rate = size, size / mean_s
+        return fitting if kept_rate >= WORTH * rate else most
+
+
+def _sizes(largest: int) -> tuple[int, ...]:
+    sizes = [1]
+    while sizes[-1] < largest:
+        sizes.append(min(max(sizes[-1] + 1, int(sizes[-1] * GROWTH)), largest))
+    return tuple(sizes)
 
 
 def pad_to(size: int, buckets: Sequence[int]) -> int:

@@ -23,7 +23,7 @@ def fed(control: BatchControl, sizes: list[int], base_ms: float = 4.0, per_item_
 
 
 def test_the_line_through_the_batches_is_found() -> None:
-    time = ServiceTime(64)
+    time = ServiceTime()
     for size in [1, 3, 9, 2, 17, 30, 5, 12, 1, 22]:
         time.observe(size, 0.004 + 0.00035 * size)
     assert time.mean_s(64) == pytest.approx(0.0264, rel=0.05)
@@ -31,7 +31,7 @@ def test_the_line_through_the_batches_is_found() -> None:
 
 
 def test_one_long_pause_moves_the_estimate_little_and_a_slower_machine_moves_it_soon() -> None:
-    time = ServiceTime(64)
+    time = ServiceTime()
     for size in [1, 8, 16, 32, 48] * 6:
         time.observe(size, 0.004 + 0.00035 * size)
     time.observe(16, 0.5)
@@ -56,8 +56,27 @@ def test_the_cap_is_the_largest_batch_that_fits_twice_into_the_objective() -> No
     assert fed(BatchControl(256), [1, 8, 16, 32, 48, 64] * 10).cap == 256
 
 
-def test_a_worker_that_cannot_keep_the_objective_still_works() -> None:
-    assert fed(BatchControl(64, 0.001), [1, 2, 4] * 5).cap == 1
+def test_a_worker_that_cannot_keep_the_objective_works_as_much_as_it_can() -> None:
+    assert fed(BatchControl(64, 0.001), [1, 2, 4] * 5).cap == 64
+
+
+def test_sizes_that_never_came_are_tried() -> None:
+    control = fed(BatchControl(64, OBJECTIVE_S), [1] * 1_000)
+    assert control.cap == 64
+    fed(control, [40, 20])
+    assert control.batch_s(64) == pytest.approx(0.0264, rel=0.05)
+
+
+def test_pauses_of_the_machine_do_not_make_batches_small() -> None:
+    rng = np.random.default_rng(7)
+    control, caps = BatchControl(64, OBJECTIVE_S), []
+    for _ in range(500):
+        size = int(rng.integers(1, 33))
+        pause_s = 0.06 * rng.exponential() * (rng.random() < 0.03)
+        control.observe(size, 0.008 * rng.lognormal(0, 0.5) + 0.0003 * size + pause_s)
+        caps.append(control.cap)
+    assert min(caps[50:]) >= 4
+    assert float(np.median(caps)) >= 16
 
 
 def test_the_cap_is_a_bucket_and_sizes_are_padded_to_one() -> None:

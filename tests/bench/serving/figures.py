@@ -95,10 +95,18 @@ def steady(providers: Sequence[Provider], rate: float, window_s: float) -> Itera
 
 
 def kept(trace: Trace, objective_ms: float, seconds: float) -> float:
-    """Share of one-second windows whose p99 is within the objective; failed requests miss it."""
-    latency = np.where((trace.status >= 200) & (trace.status < 300), trace.latency_ms, np.inf)
+    """Share of one-second windows whose answers' p99 is within the objective; a window without an answer is not."""
     good = 0
     for second in range(int(seconds)):
-        inside = latency[(trace.due_s >= second) & (trace.due_s < second + 1)]
+        inside = trace.latency_ms[_answered(trace) & (trace.due_s >= second) & (trace.due_s < second + 1)]
         good += bool(len(inside)) and bool(np.percentile(inside, 99, method="higher") <= objective_ms)
     return good / int(seconds)
+
+
+def in_time(trace: Trace, objective_ms: float) -> int:
+    """Answers of the 2xx class within the objective."""
+    return int((_answered(trace) & (trace.latency_ms <= objective_ms)).sum())
+
+
+def _answered(trace: Trace) -> np.ndarray:
+    return (trace.status >= 200) & (trace.status < 300)
