@@ -220,6 +220,7 @@ class StoreConfig(Section):
 
     tracking_uri: str = Field("", description="MLflow tracking and registry URI, absolute")
     online_store: str = Field("", description="redis://host:port, else SQLite in the run folder")
+    gcs_store: str = Field("", description="redis://host:port for what Ray's head knows while it serves, else memory")
     artifact_root: str = Field("", description="s3://bucket/prefix or a folder; needed when tracking_uri is a database")
 
 

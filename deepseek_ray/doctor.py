@@ -55,7 +55,8 @@ def examine(config: Config, paths: RunPaths) -> list[Check]:
     """All checks, cheapest first. Starts nothing and leaves no file behind."""
     checks = [check_python(), *check_versions(), *check_machine(), check_devices(), check_kernels()]
     checks += [check_disk(runs_root()), check_tracking(config, paths), check_online_store(config, paths)]
-    checks += [check_artifacts(config, paths), check_port(config.serving.host, config.serving.port, "serving port")]
+    checks += [check_artifacts(config, paths), check_gcs_store(config)]
+    checks += [check_port(config.serving.host, config.serving.port, "serving port")]
     checks += [check_port("127.0.0.1", RAY_DASHBOARD_PORT, "Ray dashboard port")]
     checks += [check_port("127.0.0.1", RAY_GCS_PORT, "Ray head port")]
     return [*checks, check_api_key(config.serving.api_key_env)]
@@ -182,6 +183,12 @@ def check_online_store(config: Config, paths: RunPaths) -> Check:
     if uri:
         return _check_remote("online store", uri, driver="redis")
     return Check("online store", "ok", f"SQLite in {paths.feature_store}")
+
+
+def check_gcs_store(config: Config) -> Check:
+    """Where the head of a service keeps what it knows: its memory, or Redis."""
+    uri = config.stores.gcs_store
+    return _check_remote("Ray's state", uri, driver="redis") if uri else Check("Ray's state", "ok", "in memory")
 
 
 def check_artifacts(config: Config, paths: RunPaths) -> Check:

@@ -17,20 +17,27 @@ from typing import Any
 
 from deepseek_ray.errors import EnvironmentProblemError, ServingError
 from deepseek_ray.logs import QUIET_ENVIRONMENT, silence_telemetry
+from serve_apps import head
 
 APP_NAME = "default"
 _port = 0  # what ``prepare`` was given
 
 
-def prepare(host: str, port: int) -> None:
+def prepare(host: str, port: int, gcs_store: str = "") -> None:
     """Set Ray Serve's mode, and make sure that the replica can listen.
 
+    Args:
+        host: address of this machine.
+        port: the replica's.
+        gcs_store: ``redis://host:port`` that keeps what Ray's control server knows, "" for its memory.
+
     Raises:
-        EnvironmentProblemError: the port is taken.
+        EnvironmentProblemError: the port is taken, or Redis cannot be used.
     """
     global _port
     check_port(host, port)
     _port = port
+    head.use(gcs_store)
     silence_telemetry()
     os.environ |= {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # the application shares the replica's event loop (uvloop), frozen GC
@@ -109,6 +116,7 @@ def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str,
         log_to_driver=False,
         configure_logging=False,
         runtime_env={"env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": "1"}},
+        **head.options(),
     )
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     try:
@@ -125,9 +133,12 @@ def stop() -> None:
     import ray
     from ray import serve
 
+    if head.has_ended():
+        return
     _expect_the_controllers_end()
     serve.shutdown()
     ray.shutdown()
+    head.forget()
 
 
 def _expect_the_controllers_end() -> None:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, paths = terminal.settings_of(options, "use" if needs_run else "make")
     key = terminal.api_key(config.serving, paths, generate=options.generate_key)
     config = terminal.with_ports(terminal.with_certificate(config, paths))
-    ingress.prepare(config.serving.host, config.serving.port)
+    ingress.prepare(config.serving.host, config.serving.port, config.stores.gcs_store)
     with tempfile.TemporaryDirectory(prefix="deepseek-ray-model-") as folder:
         target = _find(options, config, paths, elsewhere, Path(folder))
         key_file = str(file_of(paths.root, config.serving.api_keys_file))

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, paths = terminal.settings_of(options)
     key = terminal.api_key(config.serving, paths, generate=options.generate_key)
     config = terminal.with_ports(terminal.with_certificate(config, paths))
-    ingress.prepare(config.serving.host, config.serving.port)
+    ingress.prepare(config.serving.host, config.serving.port, config.stores.gcs_store)
     _check_champion(paths, config)
     run = str(paths.create().root)
     http = terminal.http_options(config.serving)

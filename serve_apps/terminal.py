@@ -14,7 +14,10 @@ from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.auth import load_key
 from deepseek_ray.serving.keys import file_of, generate_key
 from deepseek_ray.settings import Purpose
-from serve_apps import ingress
+from serve_apps import head, ingress
+
+LOOK_EVERY_S = 0.5
+"""How often the service asks whether Ray's control server still runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +93,8 @@ def serve(what: str, config: Config, start: Callable[[], None]) -> None:
         rpc = f", gRPC on port {serving.rpc_port}" if serving.rpc_port > 0 else ""
         scheme = "https" if serving.tls_certfile else "http"
         print(f"serving {what} at {scheme}://{serving.host}:{serving.port}{rpc}, described at /docs", flush=True)
-        stop.wait()
+        while not stop.wait(LOOK_EVERY_S):
+            head.look_after()
     finally:
         ingress.stop()
 

@@ -49,8 +49,12 @@ def try_once(client: Any) -> None:
     client.set_retry(retry.Retry(backoff.NoBackoff(), 0))
 
 
-def address_of(url: str) -> str:
+def address_of(url: str, setting: str = "stores.online_store") -> str:
     """``host:port`` of a URL, with ``,db=N`` where it names a database.
+
+    Args:
+        url: ``redis://host:port/db``, ``rediss`` for TLS.
+        setting: where it stands.
 
     Raises:
         ConfigError: the URL is not understood or holds a login.
@@ -58,9 +62,9 @@ def address_of(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in {"redis", "rediss"} or not parts.hostname:
         shown = hide_password(url)
-        raise ConfigError(f"stores.online_store = {shown!r} is not understood.", fix="write redis://host:port")
+        raise ConfigError(f"{setting} = {shown!r} is not understood.", fix="write redis://host:port")
     if parts.password or parts.username:
-        raise ConfigError("stores.online_store holds a password.", fix=f"put it into the environment as {PASSWORD_ENV}")
+        raise ConfigError(f"{setting} holds a password.", fix=f"put it into the environment as {PASSWORD_ENV}")
     database = parts.path.strip("/")
     return f"{parts.hostname}:{parts.port or 6379}" + (f",db={database}" if database else "")
 

@@ -1,7 +1,8 @@
 """What breaks under the service while 50 requests a second come in, and what its clients see of it.
 
 Nothing is lost: each request, repeated under its transaction id until it is answered, has exactly one prediction,
-and each label that was answered 2xx is in the log once. The replica is the ingress: it listens itself.
+and each label that was answered 2xx is in the log once. The replica is the ingress: it listens itself, so whoever kills
+the ingress kills the replica. The updater's faults are in test_updater_service and test_update_cycle.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import polars as pl
 import psutil
 import pytest
+import redis
 
 from deepseek_ray.config import ModelConfig
 from deepseek_ray.data.batch_engine import compute
 from deepseek_ray.data.prediction_archive import read_predictions
+from deepseek_ray.data.redis_store import PASSWORD_ENV
 from deepseek_ray.data.windows import load
 from deepseek_ray.registry import CHAMPION
 from serve_apps.ingress import free_port
@@ -31,7 +35,9 @@ from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, m
 from tests.stores import redis_server
 
 SHAPE = ModelConfig(d_model=16, num_layers=1, num_heads=2, d_expert=16, num_bins=4)
+LARGER = ModelConfig(d_model=32, num_layers=2, num_heads=4, num_experts=8, d_expert=32, num_bins=4)
 FULL_AT = 1 << 16
+PARTS = ("raylet/raylet", "ServeController", "ServeReplica")
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
@@ -68,9 +74,27 @@ def metric(server: Server, name: str) -> float:
     raise AssertionError(f"no metric {name}")
 
 
-def process(server: Server, title: str) -> psutil.Process:
+def processes(server: Server, title: str) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return next(child for child in children if any(title in part for part in child.cmdline()))
+    return [
+        child
+        for child in children
+        if child.status() != psutil.STATUS_ZOMBIE and any(title in part for part in child.cmdline())
+    ]
+
+
+def process(server: Server, title: str) -> psutil.Process:
+    return processes(server, title)[0]
+
+
+def promote_shape(run: ServedRun, shape: ModelConfig, seed: int) -> str:
+    spec = load().vector("default")
+    features = compute(run.history, spec, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
+    return add_version(run, spec, features, shape, seed=seed)
+
+
+def serving_version(server: Server) -> str:
+    return str(server.client.get("/v1/risk/model").json()["model_version"])
 
 
 def test_a_killed_replica_which_is_the_ingress(server: Server) -> None:
@@ -99,6 +123,69 @@ def test_a_killed_controller_costs_no_request_and_is_back_for_the_next_fault(ser
     server.wait_ready()
 
 
+def test_a_killed_gcs_is_started_again_and_finds_its_state_in_redis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PASSWORD_ENV, "a-password-of-redis")
+    (tmp_path / "redis").mkdir()
+    with redis_server(tmp_path / "redis", "a-password-of-redis") as store:
+        run = make_run(tmp_path / "run")
+        server = Server(run, free_port(), f"stores.gcs_store={store.url}")
+        try:
+            before = [process(server, title).pid for title in PARTS]
+            with traffic(server).running() as sent:
+                time.sleep(2)
+                gcs = process(server, "gcs_server")
+                gcs.kill()
+                gcs.wait(10)
+                wait_for(lambda: [one.pid for one in processes(server, "gcs_server")] not in ([], [gcs.pid]))
+                time.sleep(10)
+                version = promote_shape(run, SHAPE, seed=3)
+                wait_for(lambda: serving_version(server) == version)
+            assert [process(server, title).pid for title in PARTS] == before, "they went on all the while"
+            with traffic(server).running() as later:  # Serve's controller is told of a death, and starts the next one
+                server.replica().kill()
+                time.sleep(1)
+                server.wait_ready()
+        finally:
+            stopped = server.stop()
+        left = redis.Redis.from_url(store.url, password=store.password).dbsize()
+    for one in (sent, later):
+        check_nothing_lost(one, run)
+    assert (dict(sent.retried), stopped, left) == ({}, 0, 0)
+    assert "was started again" in "".join(server.output)
+
+
+def test_a_killed_gcs_without_redis_ends_the_service_with_a_word(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first = Server(run, free_port())
+    with traffic(first).running() as sent:
+        time.sleep(2)
+        process(first, "gcs_server").kill()
+        assert first.process.wait(30) == 2
+        second = Server(run, first.port)  # as whoever supervises it would
+        time.sleep(2)
+    assert (first.stop(), second.stop()) == (2, 0)
+    check_nothing_lost(sent, run)
+    assert "Ray's control server (GCS) has ended with status -9" in "".join(first.output)
+
+
+def test_a_champion_of_another_shape_takes_over_without_a_lost_request(server: Server) -> None:
+    """An architecture comes with its version: more layers, experts and widths need no new process."""
+    before, replica = serving_version(server), server.replica().pid
+    with traffic(server).running() as sent:
+        time.sleep(1)
+        version = promote_shape(server.run, LARGER, seed=7)
+        wait_for(lambda: serving_version(server) == version)
+        time.sleep(2)
+    check_nothing_lost(sent, server.run)
+    assert (dict(sent.retried), server.replica().pid) == ({}, replica)
+    logged = read_predictions(server.run.paths).filter(pl.col("transaction_id").is_in(list(sent.predictions)))
+    served = logged.sort("order_us")["model_version"].to_list()
+    assert served == sorted(served, key=[before, version].index), "no batch went back to the old one"
+    assert served[-50:] == [version] * 50
+
+
 def test_a_locked_registry_costs_no_request(server: Server) -> None:
     with traffic(server).running() as sent, closing(sqlite3.connect(server.run.paths.root / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -112,15 +199,14 @@ def test_a_locked_registry_costs_no_request(server: Server) -> None:
 def test_a_corrupt_version_is_refused_and_the_last_good_one_stays(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, spec = server.run, load().vector("default")
+    run = server.run
     monkeypatch.setattr(served_run, "promote", lambda registry, version: None)
-    features = compute(run.history, spec, label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
-    version = add_version(run, spec, features, SHAPE, seed=2)
+    version = promote_shape(run, SHAPE, seed=2)
     weights = Path(run.registry.get(version).path) / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    good = server.client.get("/v1/risk/model").json()["model_version"]
+    good = serving_version(server)
     with traffic(server).running() as sent:
         point_champion_to(run, version)
         wait_for(lambda: server.client.get("/v1/risk/model").json()["refused"] != "")

@@ -60,7 +60,7 @@ def test_a_model_that_is_not_there_stops_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEEPSEEK_RAY_API_KEY", "a key that is long enough")
-    monkeypatch.setattr(ingress, "prepare", lambda host, port: None)
+    monkeypatch.setattr(ingress, "prepare", lambda *address: None)
     with pytest.raises(ModelFormatError, match="There is no folder"):
         model.main([str(tmp_path / "nowhere"), "--port", "0"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/absent.db")
