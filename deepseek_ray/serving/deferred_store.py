@@ -53,6 +53,11 @@ class DeferredStore:
         self._kept: dict[str, tuple[str, bytes, int]] = {}
         self.blind: set[str] = set()
 
+    @property
+    def num_kept(self) -> int:
+        """States that wait to be written."""
+        return len(self._kept)
+
     def fetch(self, keys: Iterable[str]) -> None:
         """Begin a batch: read what is not at hand in one round trip, so that ``read_states`` of these needs none."""
         self.blind = set()  # a batch with nothing fresh neither keeps nor discards
@@ -69,8 +74,8 @@ class DeferredStore:
         self.blind = set(self._missing(keys))
 
     def _missing(self, keys: Iterable[str]) -> list[str]:
-        known = self._staged.keys() | self._kept.keys()
-        return [key for key in dict.fromkeys(keys) if key not in known and key not in self._cache]
+        places = (self._staged, self._kept, self._cache)
+        return [key for key in dict.fromkeys(keys) if not any(key in place for place in places)]
 
     def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
         """Newest blobs, written or not, in the order of the keys."""

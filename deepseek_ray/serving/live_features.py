@@ -67,6 +67,11 @@ class LiveFeatures:
         """Whether the store is away and lacks what the log holds."""
         return self._outage.on
 
+    @property
+    def num_kept(self) -> int:
+        """States that wait to be written."""
+        return self._store.num_kept
+
     def fetch(self, transactions: Sequence[Transaction]) -> None:
         """Read all that the events need, in one round trip; without the store, what is in memory has to do."""
         keys = [
