@@ -176,6 +176,8 @@ class RiskService:
         """Write state while no one waits for it; under load now and then, a little at a time."""
         if self.features.num_kept >= FLUSH_STATES or time.monotonic() - self._settled_s > FLUSH_EVERY_S:
             self._write()
+        else:
+            self.predictor.settle(write=False)
 
     def _write(self) -> None:
         self.predictor.settle()
