@@ -292,7 +292,7 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
 
 
 def _write_sqlite(store: Any, view: Any, states: Iterable[tuple[str, bytes, int]]) -> None:
-    """The rows that Feast's ``online_write_batch`` writes, at a quarter of its price: it packs each key again and runs
+    """The rows that Feast's ``online_write_batch`` writes, at two thirds of its CPU: it packs each key again and runs
     a statement a row (feast 0.67, infra/online_stores/sqlite.py)."""
     version = store.config.entity_key_serialization_version
     rows = [
