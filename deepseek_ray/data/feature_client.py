@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ from deepseek_ray.data.windows import Declaration, VectorSpec
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.sqlite import WAL_PAGES
+from deepseek_ray.sqlite import WAL_PAGES, insert_rows
 
 silence_telemetry()
 # Feast's import switches prometheus_client to files shared by forked servers, for the whole process: ours is loaded
@@ -42,6 +43,8 @@ _FEAST_SWITCHES = {"PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"} - 
 
 import prometheus_client  # noqa: E402, F401 - decides once, when it is imported
 from feast import FeatureStore  # noqa: E402 - after telemetry is off
+from feast.infra.key_encoding_utils import serialize_entity_key  # noqa: E402
+from feast.infra.online_stores.helpers import compute_table_id  # noqa: E402
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey  # noqa: E402
 from feast.protos.feast.types.Value_pb2 import Value  # noqa: E402
 
@@ -53,6 +56,7 @@ _COPIED = ("definitions.py", "windows.yaml", ".feastignore")
 _STATE_VIEW, _STATE = "entity_state", "state"
 _BUSY_TIMEOUT_MS = 5_000
 _READ_CHUNK = 10_000
+_REPLACE = "ON CONFLICT (entity_key, feature_name) DO UPDATE SET value = excluded.value, event_ts = excluded.event_ts"
 
 
 class FeatureClient:
@@ -189,6 +193,9 @@ class FeatureClient:
     def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
         """Write (key, blob, order_us) triples in one batch. One process writes a key: the newest write wins."""
         store, view = self._store(), self._state_view()
+        if store.config.online_store.type == "sqlite":
+            _write_sqlite(store, view, states)
+            return
         rows = [(_entity_key(key), {_STATE: Value(bytes_val=blob)}, _time(order), None) for key, blob, order in states]
         if rows:
             with redis_store.reaching(store.config.online_store):
@@ -282,6 +289,31 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def _write_sqlite(store: Any, view: Any, states: Iterable[tuple[str, bytes, int]]) -> None:
+    """The rows that Feast's ``online_write_batch`` writes, at two thirds of its CPU: it packs each key again and runs
+    a statement a row (feast 0.67, infra/online_stores/sqlite.py)."""
+    version = store.config.entity_key_serialization_version
+    rows = [
+        (_packed(key, version), _STATE, Value(bytes_val=blob).SerializeToString(), _stamp(order // SECOND_US))
+        for key, blob, order in states
+    ]
+    table = compute_table_id(store.config.project, view, store.config.registry.enable_online_feature_view_versioning)
+    connection = _online(store)._get_conn(store.config)
+    with connection:
+        insert_rows(connection, f'INSERT INTO "{table}" (entity_key, feature_name, value, event_ts)', rows, _REPLACE)
+
+
+@lru_cache(maxsize=1 << 10)
+def _stamp(seconds: int) -> int:
+    """As Feast's adapter does it: UTC taken for local time, which its converter takes back."""
+    return int(datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).timestamp())
+
+
+@lru_cache(maxsize=1 << 16)
+def _packed(key: str, version: int) -> bytes:
+    return bytes(serialize_entity_key(_entity_key(key), version))
 
 
 @contextmanager

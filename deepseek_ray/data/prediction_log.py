@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from deepseek_ray.data.events import Decision, Reason, Transaction, to_us
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.sqlite import WAL_PAGES, read_uri
+from deepseek_ray.sqlite import WAL_PAGES, insert_rows, read_uri
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
@@ -177,25 +177,15 @@ class PredictionLog:
         return last, last_feedback
 
     def _insert_predictions(self, rows: Sequence[LoggedPrediction]) -> int:
-        seq = 0
-        for row in rows:
-            cursor = self._db.execute(_INSERT_PREDICTION, _prediction_values(row))
-            assert cursor.lastrowid is not None
-            seq = cursor.lastrowid
-            blobs = (_blob(row.values), _blob(row.sequence), len(row.sequence))
-            self._db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?)", (seq, *blobs))
-        return seq
+        last = insert_rows(self._db, _INSERT_PREDICTION, [_prediction_values(row) for row in rows])
+        first = last - len(rows) + 1  # in one transaction of the only writer AUTOINCREMENT counts on by one
+        vectors = [(n, _blob(r.values), _blob(r.sequence), len(r.sequence)) for n, r in enumerate(rows, first)]
+        insert_rows(self._db, "INSERT INTO vectors", vectors)
+        return last
 
     def _insert_feedback(self, rows: Sequence[LoggedFeedback]) -> int:
-        seq = 0
-        for row in rows:
-            cursor = self._db.execute(
-                f"INSERT INTO feedback ({_FEEDBACK_NAMES}) VALUES (?, ?, ?, ?, ?, ?)",
-                (row.prediction_id, int(row.is_fraud), row.observed_us, row.known_us, row.after_seq, row.logged_us),
-            )
-            assert cursor.lastrowid is not None
-            seq = cursor.lastrowid
-        return seq
+        values = [(r.prediction_id, int(r.is_fraud), r.observed_us, r.known_us, r.after_seq, r.logged_us) for r in rows]
+        return insert_rows(self._db, f"INSERT INTO feedback ({_FEEDBACK_NAMES})", values)
 
     def _set_meta(self, name: str, value: int | None) -> None:
         if value is not None:
@@ -342,16 +332,17 @@ _NAMES = (
     "channel, country, merchant_category, probability, threshold, decision, cold, reasons, model_name, model_version, "
     "run_id, feature_service, feature_digest, latency_ms, logged_us"
 )
-_INSERT_PREDICTION = f"INSERT INTO predictions ({_NAMES}) VALUES ({', '.join('?' * len(_NAMES.split(', ')))})"
+_INSERT_PREDICTION = f"INSERT INTO predictions ({_NAMES})"
 
 
 def _prediction_values(row: LoggedPrediction) -> tuple[object, ...]:
     event = row.transaction
-    reasons = json.dumps([[r.feature, r.value, r.contribution] for r in row.reasons])
+    reasons = json.dumps([[r.feature, r.value, r.contribution] for r in row.reasons]) if row.reasons else "[]"
+    cold = json.dumps(row.cold) if row.cold else "[]"
     return (
         *(row.prediction_id, event.transaction_id, event.event_time.isoformat(), to_us(event.event_time), row.order_us),
         *(event.card_id, event.terminal_id, event.amount_cents, event.device_id, event.channel, event.country),
-        *(event.merchant_category, row.probability, row.threshold, row.decision, json.dumps(row.cold), reasons),
+        *(event.merchant_category, row.probability, row.threshold, row.decision, cold, reasons),
         *(row.model_name, row.model_version, row.run_id, row.feature_service, row.feature_digest),
         *(row.latency_ms, row.logged_us),
     )

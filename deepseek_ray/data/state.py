@@ -8,7 +8,9 @@ The header holds a checksum, so that a torn or foreign blob is an error and neve
 
 from __future__ import annotations
 
+import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +30,8 @@ CARD_COLUMNS, OTHER_COLUMNS = 9, 3
 
 _MAGIC = 0x64726179_0001  # "dray", format 1
 _HEADER = 8
+_FIRST, _REST = struct.Struct("<2q"), struct.Struct("<6q")  # of the header: what is not in the checksum, what is
+_OBJECT_BYTES = 600  # of a state and its two arrays, beside their numbers
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ class State:
 
     def with_event(self, row: Sequence[int], event_us: int) -> State:
         """Append an event (one value a column, order first) and forget what has left the horizon."""
-        order = row[ORDER]
+        order, length = row[ORDER], self.events.shape[1]
         oldest = order - self.horizon_us
-        start = int(self.events[ORDER].searchsorted(oldest, "right"))
-        kept = self.events.shape[1] - start
+        gone = length and self.events[ORDER, 0] <= oldest  # seldom: a search costs more than a look
+        start = int(self.events[ORDER].searchsorted(oldest, "right")) if gone else 0
+        kept = length - start
         events = np.empty((len(row), kept + 1), np.int64)
         events[:, :kept] = self.events[:, start:]
         events[:, kept] = row
@@ -78,14 +83,17 @@ class State:
         place = int(self.events[ORDER].searchsorted(order))
         return place if place < self.events.shape[1] and self.events[ORDER, place] == order else -1
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return _OBJECT_BYTES + self.events.nbytes + self.labels.nbytes
+
     def encode(self) -> bytes:
         """The blob."""
-        columns, count = self.events.shape
-        shape = [columns, count, self.labels.shape[1]]
-        header = np.array([_MAGIC, 0, *shape, self.last_order, self.last_event_us, self.horizon_us], np.int64)
-        body = np.concatenate([header, self.events.ravel(), self.labels.ravel()])
-        body[1] = zlib.crc32(body[2:].data)
-        return body.astype("<i8", copy=False).tobytes()
+        shape = *self.events.shape, self.labels.shape[1]
+        rest = _REST.pack(*shape, self.last_order, self.last_event_us, self.horizon_us)
+        rest += self.events.astype("<i8", copy=False).tobytes() + self.labels.astype("<i8", copy=False).tobytes()
+        return _FIRST.pack(_MAGIC, zlib.crc32(rest)) + rest
 
 
 def empty(columns: int, horizon_us: int) -> State:
@@ -111,7 +119,8 @@ def decode(blob: bytes, key: str, columns: int, horizon_us: int) -> State:
         raise FeatureError(problem, fix=fix)
     middle = _HEADER + columns * count
     events = body[_HEADER:middle].reshape(columns, count)
-    return State(events, body[middle:].reshape(2, labels), last_order, last_event_us, horizon_us)
+    few = body[middle:].reshape(2, labels).copy()  # later states share them: a view would keep the whole blob
+    return State(events, few, last_order, last_event_us, horizon_us)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -128,6 +137,22 @@ class StateStore(Protocol):
 
     def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
         """Keep (key, blob, order_us of the newest event) triples."""
+
+
+class StateMemory(ABC):
+    """Stands before a store and keeps states as they are: what is in memory is neither encoded nor checked again."""
+
+    @abstractmethod
+    def read_states(self, keys: Sequence[str]) -> list[State | bytes | None]:
+        """States, or blobs of those that nobody has used yet, in the order of the keys."""
+
+    @abstractmethod
+    def write_states(self, states: Iterable[tuple[str, State | bytes, int]]) -> None:
+        """Keep (key, state, order_us of the newest event) triples."""
+
+
+AnyStore = StateStore | StateMemory
+"""What an engine may stand on."""
 
 
 class MemoryStore:

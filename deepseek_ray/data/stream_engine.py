@@ -20,7 +20,7 @@ from deepseek_ray.data import state as st
 from deepseek_ray.data.events import SECOND_US, Transaction, delay_us, to_us
 from deepseek_ray.data.formulas import FloatArray, is_large
 from deepseek_ray.data.history import UNKNOWN_DEVICE
-from deepseek_ray.data.state import State, StateStore, hashed
+from deepseek_ray.data.state import AnyStore, State, StateMemory, hashed
 from deepseek_ray.data.stream_vector import CHANNEL_CODE, Moment, Vectors
 from deepseek_ray.data.warm import states_of
 from deepseek_ray.data.windows import LARGE_WINDOW_US, OWNERS, Declaration, VectorSpec
@@ -54,7 +54,7 @@ class StreamEngine:
     Args:
         declaration: the declaration the vector belongs to; its vectors share nothing in the store.
         spec: the vector.
-        store: where states live; read and written through.
+        store: where states live; read and written through. Before it there may be a memory of states.
         label_delay_days: a label counts no earlier than this many days after its event.
         sequence_len: S.
     """
@@ -63,7 +63,7 @@ class StreamEngine:
         self,
         declaration: Declaration,
         spec: VectorSpec,
-        store: StateStore,
+        store: AnyStore,
         *,
         label_delay_days: float,
         sequence_len: int,
@@ -72,7 +72,7 @@ class StreamEngine:
             raise FeatureError(
                 f"Vector {spec.name!r} is not of this declaration.", fix="take it from declaration.vector()"
             )
-        self.spec, self._store = spec, store
+        self.spec, self._store, self._service = spec, store, spec.service
         self._delay = delay_us(label_delay_days)
         self._horizon = {owner: spec.horizon_us(owner, self._delay) for owner in OWNERS.values()}
         self._vectors = Vectors(spec, self._delay, sequence_len)
@@ -108,7 +108,10 @@ class StreamEngine:
     def flush(self) -> None:
         """Write the states that ``write=False`` has held back."""
         if self._unwritten:
-            self._store.write_states([(key, s.encode(), s.last_order) for key, s in self._unwritten.items()])
+            if isinstance(self._store, StateMemory):
+                self._store.write_states([(key, s, s.last_order) for key, s in self._unwritten.items()])
+            else:
+                self._store.write_states([(key, s.encode(), s.last_order) for key, s in self._unwritten.items()])
             self._unwritten = {}
 
     def peek(self, tx: Transaction) -> Served:
@@ -200,7 +203,7 @@ class StreamEngine:
         return written + len(batch)
 
     def _key(self, owner: str, identifier: str) -> str:
-        return f"{self.spec.service}/{owner}/{identifier}"
+        return f"{self._service}/{owner}/{identifier}"
 
     def keys_of(self, card_id: str, terminal_id: str, device_id: str) -> dict[str, str]:
         """Keys of the states that an event reads and writes, by owner."""
@@ -217,7 +220,8 @@ class StreamEngine:
         wanted = dict.fromkeys(keys)
         missing = [key for key in wanted if key not in self._unwritten]
         states = {key: self._unwritten[key] for key in wanted if key in self._unwritten}
-        for key, blob in zip(missing, self._store.read_states(missing) if missing else [], strict=True):
+        found: Sequence[State | bytes | None] = self._store.read_states(missing) if missing else ()
+        for key, blob in zip(missing, found, strict=True):
             try:
                 states[key] = self._decode(key, blob)
             except FeatureError as error:
@@ -226,7 +230,9 @@ class StreamEngine:
                 broken[key] = error
         return states
 
-    def _decode(self, key: str, blob: bytes | None) -> State:
+    def _decode(self, key: str, blob: State | bytes | None) -> State:
+        if isinstance(blob, State):
+            return blob
         owner = key.split("/", 2)[1]
         columns, horizon = st.CARD_COLUMNS if owner == "card" else st.OTHER_COLUMNS, self._horizon[owner]
         return st.empty(columns, horizon) if blob is None else st.decode(blob, key, columns, horizon)

@@ -22,6 +22,9 @@ from deepseek_ray.serving.batch_queue import BatchQueue, Entry, Refusal
 
 logger = get_logger(__name__)
 
+IDLE_S = 0.002
+"""Longer than a client on the same machine takes to send its next request."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -47,6 +50,7 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: cap on the summed weight of a batch; a heavier single item runs alone.
         max_queued: cap on the summed weight that waits; beyond it ``submit`` refuses.
         after: called by the worker when a batch's answers have been handed over, for deferred writes.
+        idle: called by the worker when nothing has come for ``IDLE_S`` after a batch, for what can wait till then.
         control: moves the cap and predicts; by default the cap stays at ``max_batch_size``.
 
     Attributes:
@@ -60,12 +64,13 @@ class Batcher(Generic[Item, Result]):
         max_batch_size: int,
         max_queued: int,
         after: Callable[[], None] | None = None,
+        idle: Callable[[], None] | None = None,
         control: BatchControl | None = None,
         name: str = "batch-worker",
     ) -> None:
         self._work = work
         self._max_queued = max_queued
-        self._after = after
+        self._after, self._idle = after, idle
         self.queue: BatchQueue[_Waiting[Item, Result]] = BatchQueue(
             control or BatchControl(max_batch_size), max_queued, gone=lambda waiting: waiting.gone
         )
@@ -128,9 +133,15 @@ class Batcher(Generic[Item, Result]):
         while (batch := self._next_batch()) is not None:
             if batch:
                 _finish(batch, self._results(batch))
-                self._run_after()
+                _attempt(self._after)
                 with self._wake:
                     self.queue.finished(time.perf_counter())
+                    busy = self._idle is None or self._wake.wait_for(self._called, IDLE_S)
+                if not busy:
+                    _attempt(self._idle)
+
+    def _called(self) -> bool:
+        return bool(len(self.queue)) or self._closed
 
     def _next_batch(self) -> list[_Waiting[Item, Result]] | None:
         with self._wake:
@@ -154,13 +165,14 @@ class Batcher(Generic[Item, Result]):
             return [error] * len(batch)
         return results
 
-    def _run_after(self) -> None:
-        if self._after is None:
-            return
-        try:
-            self._after()
-        except Exception as error:  # the worker must outlive any deferred write
-            logger.error("work after a batch failed: %s", trace_of(error))
+
+def _attempt(deferred: Callable[[], None] | None) -> None:
+    if deferred is None:
+        return
+    try:
+        deferred()
+    except Exception as error:  # the worker must outlive any deferred write
+        logger.error("work after a batch failed: %s", trace_of(error))
 
 
 def _expired(entry: Entry[_Waiting[Item, Result]], now_s: float) -> LateError:

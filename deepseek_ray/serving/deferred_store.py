@@ -5,53 +5,63 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from deepseek_ray.data.state import StateStore
+from deepseek_ray.data.state import State, StateMemory, StateStore
 
-CACHE_BYTES = 32 << 20
-"""Blobs kept in memory, the least recently used leave: this process alone writes, so they are what the store holds."""
+CACHE_BYTES = 64 << 20
+"""Of states kept in memory, the least recently used leave: this process alone writes, so they are what the store holds.
+"""
+
+_ENTRY_BYTES = 200  # key, entry and object headers
+
+Stored = State | bytes
+Write = tuple[str, Stored, int]
 
 
 class _Cache:
-    """Blobs by key, None for a key that the store lacks; bounded in bytes."""
+    """States by key, None for a key that the store lacks; bounded in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self._bytes = max_bytes, 0
-        self._blobs: OrderedDict[str, bytes | None] = OrderedDict()
+        self._states: OrderedDict[str, Stored | None] = OrderedDict()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._blobs
+        return key in self._states
 
-    def get(self, key: str) -> bytes | None:
-        self._blobs.move_to_end(key)
-        return self._blobs[key]
+    def get(self, key: str) -> Stored | None:
+        self._states.move_to_end(key)
+        return self._states[key]
 
-    def put(self, key: str, blob: bytes | None) -> None:
-        self._bytes += _size(blob) - (_size(self._blobs[key]) if key in self._blobs else 0)
-        self._blobs[key] = blob
-        self._blobs.move_to_end(key)
+    def put(self, key: str, state: Stored | None) -> None:
+        self._bytes += _size(state) - (_size(self._states[key]) if key in self._states else 0)
+        self._states[key] = state
+        self._states.move_to_end(key)
 
     def trim(self) -> None:
         """Let the oldest go; not while a batch still counts on what it fetched."""
         while self._bytes > self.max_bytes:
-            self._bytes -= _size(self._blobs.popitem(last=False)[1])
+            self._bytes -= _size(self._states.popitem(last=False)[1])
 
 
-def _size(blob: bytes | None) -> int:
-    return _ENTRY_BYTES + len(blob or b"")
+def _size(state: Stored | None) -> int:
+    if state is None:
+        return _ENTRY_BYTES
+    return _ENTRY_BYTES + (state.num_bytes if isinstance(state, State) else len(state))
 
 
-_ENTRY_BYTES = 200  # key, entry and object headers
-
-
-class DeferredStore:
+class DeferredStore(StateMemory):
     """Holds writes back in two steps: staged (may be undone), then kept (will be written)."""
 
     def __init__(self, store: StateStore, cache_bytes: int = CACHE_BYTES) -> None:
         self._store = store
         self._cache = _Cache(cache_bytes)
-        self._staged: dict[str, tuple[str, bytes, int]] = {}
-        self._kept: dict[str, tuple[str, bytes, int]] = {}
+        self._staged: dict[str, Write] = {}
+        self._kept: dict[str, Write] = {}
         self.blind: set[str] = set()
+
+    @property
+    def num_kept(self) -> int:
+        """States that wait to be written."""
+        return len(self._kept)
 
     def fetch(self, keys: Iterable[str]) -> None:
         """Begin a batch: read what is not at hand in one round trip, so that ``read_states`` of these needs none."""
@@ -69,20 +79,21 @@ class DeferredStore:
         self.blind = set(self._missing(keys))
 
     def _missing(self, keys: Iterable[str]) -> list[str]:
-        known = self._staged.keys() | self._kept.keys()
-        return [key for key in dict.fromkeys(keys) if key not in known and key not in self._cache]
+        staged, kept, cache = self._staged, self._kept, self._cache
+        return [key for key in dict.fromkeys(keys) if key not in kept and key not in cache and key not in staged]
 
-    def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Newest blobs, written or not, in the order of the keys."""
-        self._fetch(key for key in keys if key not in self.blind)
+    def read_states(self, keys: Sequence[str]) -> list[Stored | None]:
+        """Newest states, written or not, in the order of the keys."""
+        if missing := self._missing(key for key in keys if key not in self.blind):
+            self._fetch(missing)
         return [None if key in self.blind else self._at_hand(key) for key in keys]
 
-    def _at_hand(self, key: str) -> bytes | None:
+    def _at_hand(self, key: str) -> Stored | None:
         entry = self._staged.get(key) or self._kept.get(key)
         return entry[1] if entry else self._cache.get(key)
 
-    def write_states(self, states: Iterable[tuple[str, bytes, int]]) -> None:
-        """Stage blobs."""
+    def write_states(self, states: Iterable[Write]) -> None:
+        """Stage states."""
         self._staged.update({state[0]: state for state in states if state[0] not in self.blind})
 
     def keep(self) -> None:
@@ -96,9 +107,7 @@ class DeferredStore:
 
     def give_up(self) -> None:
         """Leave what is kept to the log; the cache still has it, as long as there is room."""
-        for key, blob, _ in self._kept.values():
-            self._cache.put(key, blob)
-        self._kept = {}
+        self._remember()
         self._cache.trim()
 
     def forget(self, probe: str) -> None:
@@ -110,7 +119,14 @@ class DeferredStore:
     def flush(self) -> None:
         """Write what is kept; on an error it stays kept."""
         if self._kept:
-            self._store.write_states(list(self._kept.values()))
-            for key, blob, _ in self._kept.values():
-                self._cache.put(key, blob)
-            self._kept = {}
+            self._store.write_states([(key, _encoded(state), order) for key, state, order in self._kept.values()])
+            self._remember()
+
+    def _remember(self) -> None:
+        for key, state, _ in self._kept.values():
+            self._cache.put(key, state)
+        self._kept = {}
+
+
+def _encoded(state: Stored) -> bytes:
+    return state.encode() if isinstance(state, State) else state

@@ -19,7 +19,7 @@ from pathlib import Path
 from deepseek_ray.child import run_python
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import PredictionLog
-from deepseek_ray.data.state import StateStore
+from deepseek_ray.data.state import AnyStore
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.data.windows import Declaration
 from deepseek_ray.errors import FeatureError, ServingError
@@ -52,10 +52,10 @@ class Wanted:
     online_store: str
 
 
-def engine_maker(declaration: Declaration, contract: InputContract) -> Callable[[StateStore], StreamEngine]:
+def engine_maker(declaration: Declaration, contract: InputContract) -> Callable[[AnyStore], StreamEngine]:
     """Makes engines of a contract over a store."""
 
-    def make(store: StateStore) -> StreamEngine:
+    def make(store: AnyStore) -> StreamEngine:
         return StreamEngine(
             declaration,
             contract.vector,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from deepseek_ray.data.events import Transaction
 from deepseek_ray.data.prediction_log import LabelTarget, LoggedFeedback, PredictionLog
-from deepseek_ray.data.state import StateStore
+from deepseek_ray.data.state import AnyStore, StateStore
 from deepseek_ray.data.stream_engine import Served, StreamEngine
 from deepseek_ray.errors import FeatureError
 from deepseek_ray.logs import get_logger
@@ -52,7 +52,7 @@ class LiveFeatures:
 
     def __init__(
         self,
-        make_engine: Callable[[StateStore], StreamEngine],
+        make_engine: Callable[[AnyStore], StreamEngine],
         store: StateStore,
         log: PredictionLog | None = None,
     ) -> None:
@@ -66,6 +66,11 @@ class LiveFeatures:
     def behind(self) -> bool:
         """Whether the store is away and lacks what the log holds."""
         return self._outage.on
+
+    @property
+    def num_kept(self) -> int:
+        """States that wait to be written."""
+        return self._store.num_kept
 
     def fetch(self, transactions: Sequence[Transaction]) -> None:
         """Read all that the events need, in one round trip; without the store, what is in memory has to do."""

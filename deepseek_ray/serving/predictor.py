@@ -193,9 +193,14 @@ class Predictor:
         if not self._state.behind:
             self._applied = self._written
 
-    def settle(self) -> None:
-        """What waits until a batch's answers have left: feature state, and a few vectors that the archive holds."""
-        self.flush()
+    def settle(self, *, write: bool = True) -> None:
+        """What waits until a batch's answers have left: feature state, and a few vectors that the archive holds.
+
+        Args:
+            write: whether feature state is written this time.
+        """
+        if write:
+            self.flush()
         if self._unlogged:  # a balancer that hears 503 sends nothing that would write: try it with nothing to say
             with suppress(EnvironmentProblemError):
                 self._commit()

@@ -50,8 +50,8 @@ from deepseek_ray.sqlite import Checkpointer
 
 logger = get_logger(__name__)
 
-FLUSH_EVERY_S = 1.0
-"""Under load; what a crash takes from memory is in the log and is replayed."""
+FLUSH_EVERY_S, FLUSH_STATES = 1.0, 300
+"""Under load; a few milliseconds of writing. What a crash takes from memory is in the log and is replayed."""
 
 PREDECESSOR_S = 10.0
 """A replica that is being replaced may take so long to let go of the run."""
@@ -131,6 +131,7 @@ class RiskService:
             max_batch_size=config.max_batch_size,
             max_queued=config.max_queued_requests,
             after=self._settle,
+            idle=self._write,
             control=BatchControl(config.max_batch_size, config.slo_p99_ms / 1e3, config.batch_buckets),
         )
         self.monitor.watch_queue(self.batcher.queue)
@@ -172,11 +173,15 @@ class RiskService:
         self.features.peek(REHEARSAL)
 
     def _settle(self) -> None:
-        """Write state when nothing waits, else now and then: a busy key's many states then cost one write."""
-        now_s = time.monotonic()
-        if not self.batcher.queued or now_s - self._settled_s > FLUSH_EVERY_S:
-            self.predictor.settle()
-            self._settled_s = now_s
+        """Write state while no one waits for it; under load now and then, a little at a time."""
+        if self.features.num_kept >= FLUSH_STATES or time.monotonic() - self._settled_s > FLUSH_EVERY_S:
+            self._write()
+        else:
+            self.predictor.settle(write=False)
+
+    def _write(self) -> None:
+        self.predictor.settle()
+        self._settled_s = time.monotonic()
 
     def _archived(self, last: int) -> None:
         self.predictor.archived = last  # the worker drops the vectors: it alone writes to the log

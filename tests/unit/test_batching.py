@@ -142,3 +142,27 @@ def test_a_wrong_number_of_results_fails_the_batch_and_the_worker_lives_on() -> 
     batcher = Batcher[int, int](lambda items: next(answers), max_batch_size=8, max_queued=8)
     assert asyncio.run(story()) == 2
     batcher.close()
+
+
+def test_what_can_wait_is_done_in_the_first_pause_and_once() -> None:
+    calls: list[str] = []
+    batcher = Batcher[int, int](
+        lambda items: list(items),
+        max_batch_size=8,
+        max_queued=8,
+        after=lambda: calls.append("after"),
+        idle=lambda: calls.append("idle"),
+    )
+
+    async def story() -> None:
+        for _ in range(3):
+            await batcher.submit(1)  # the next one comes at once
+        await asyncio.sleep(0.2)
+        assert calls.count("after") == 3
+        assert calls[-1] == "idle"
+        pauses = calls.count("idle")
+        await asyncio.sleep(0.1)
+        assert calls.count("idle") == pauses <= 3
+
+    asyncio.run(story())
+    batcher.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from feast import FeatureStore
+from feast.protos.feast.types.Value_pb2 import Value
 
-from deepseek_ray.data import batch_engine, offline_store, windows
+from deepseek_ray.data import batch_engine, feature_client, offline_store, windows
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.errors import FeatureError
@@ -25,6 +27,7 @@ from tests.unit.test_stream_engine import assert_equal, play
 
 DECLARATION = windows.load()
 SPEC = DECLARATION.vector("handbook")
+_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
 
 
 @pytest.fixture
@@ -104,6 +107,35 @@ def test_states_are_read_in_the_order_of_the_keys(client: FeatureClient) -> None
     assert client.read_states(["s/card/a", "s/card/none", "s/card/b", "s/card/a"]) == [b"one", None, b"new", b"one"]
     assert client.read_states([]) == []
     client.write_states([])
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/New_York"])
+def test_states_are_written_as_feast_writes_them(
+    client: FeatureClient, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        states = [(f"s/card/{n}", b"x" * n, 1_772_366_400_000_000 + 10**12 * n + 999_999) for n in range(70)]
+        client.write_states(states)
+        feast = FeatureStore(repo_path=str(client.paths.feature_store))
+        view, online = feast.get_feature_view("entity_state"), feast._get_provider().online_store
+        connection = online._get_conn(feast.config)
+        (table,) = [name for (name,) in connection.execute(_TABLES) if name.endswith("_entity_state")]
+        ours = connection.execute(f'SELECT * FROM "{table}" ORDER BY entity_key').fetchall()
+        rows = [
+            (feature_client._entity_key(key), {"state": Value(bytes_val=blob)}, feature_client._time(order), None)
+            for key, blob, order in states
+        ]
+        connection.execute(f'DELETE FROM "{table}"')
+        online.online_write_batch(feast.config, view, rows, None)
+        assert connection.execute(f'SELECT * FROM "{table}" ORDER BY entity_key').fetchall() == ours
+        assert len(ours) == 70
+        connection.close()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+        feature_client._stamp.cache_clear()
 
 
 def test_several_writers_append_offline_without_loss(client: FeatureClient) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek_ray.data import windows
+from deepseek_ray.data import stream_engine, windows
 from deepseek_ray.data.events import Feedback, Transaction
 from deepseek_ray.data.prediction_log import PredictionLog
-from deepseek_ray.data.state import MemoryStore, StateStore
+from deepseek_ray.data.state import AnyStore, MemoryStore
 from deepseek_ray.data.stream_engine import StreamEngine
 from deepseek_ray.errors import FeatureError
 from deepseek_ray.serving import live_features
@@ -37,7 +37,7 @@ DECLARATION = windows.load()
 SPEC = DECLARATION.vector("handbook")
 
 
-def make_engine(store: StateStore) -> StreamEngine:
+def make_engine(store: AnyStore) -> StreamEngine:
     return StreamEngine(DECLARATION, SPEC, store, label_delay_days=0.01, sequence_len=4)
 
 
@@ -187,6 +187,25 @@ def test_the_deferred_store_reads_its_own_writes() -> None:
     assert store.blobs == {"a": b"1"}
 
 
+def test_states_in_memory_are_not_decoded_again_and_little_memory_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, plain, narrow = stream(), MemoryStore(), MemoryStore()
+    play(Service(tmp_path / "plain", plain), events)
+    service = Service(tmp_path / "narrow", narrow)
+    service.features._store._cache.max_bytes = 2_000
+    play(service, events)
+    assert narrow.blobs == plain.blobs
+    again = Service(tmp_path / "plain", plain)
+    again.features.flush()
+    later = [item.model_copy(update={"transaction_id": f"later{n}"}) for n, item in enumerate(events[-1:] * 5)]
+    again.score(later[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_engine.st, "decode", None)
+        for item in later[1:]:
+            again.score([item])
+
+
 def test_a_look_at_the_features_leaves_nothing_behind(tmp_path: Path) -> None:
     store = MemoryStore()
     service = Service(tmp_path, store)
@@ -209,7 +228,7 @@ def test_features_of_another_vector_take_over_from_the_log_with_nothing_lost(
     monkeypatch.setattr(live_features, "REPLAY_CHUNK", 7)
     other = DECLARATION.vector("handbook_history")
 
-    def make_other(store: StateStore) -> StreamEngine:
+    def make_other(store: AnyStore) -> StreamEngine:
         return StreamEngine(DECLARATION, other, store, label_delay_days=0.01, sequence_len=4)
 
     events, store, truth = stream(), MemoryStore(), MemoryStore()

@@ -60,6 +60,18 @@ def test_a_row_comes_back_as_it_went_in(tmp_path: Path) -> None:
     log.close()
 
 
+def test_each_of_many_rows_has_its_own_vectors(tmp_path: Path) -> None:
+    log = PredictionLog(tmp_path / "p.db")
+    log.commit([row(1)])
+    assert log.commit([row(number) for number in range(2, 140)]) == (139, 0)
+    for number in (2, 65, 66, 100, 139):
+        found = log.get(f"p{number}")
+        assert found is not None
+        assert (found.seq, found.transaction.transaction_id) == (number, f"t{number}")
+        np.testing.assert_array_equal(found.values, row(number).values)
+    log.close()
+
+
 def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     log = PredictionLog(tmp_path / "p.db")
     log.commit([row(1)])
