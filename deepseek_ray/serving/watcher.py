@@ -6,6 +6,7 @@ comes is loaded, so that in memory there is what serves, and one model more whil
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,9 @@ from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.traffic import NO_TRAFFIC, Arm, Shadow, TrafficPolicy
 
 logger = get_logger(__name__)
+
+FIRST_LOOK_S = 30.0
+"""A registry that does not answer holds a start up for so long at most."""
 
 
 class _RefusedError(Exception):
@@ -87,11 +91,18 @@ class RegistryWatcher(Periodic):
         self._followed: tuple[object, ...] = ()
         self._torn: dict[str, str] = {}
         self.arm_refusals: dict[str, str] = {}
+        self._looked = threading.Event()
 
     @property
     def refused(self) -> str:
         """Why the present champion is not the version that serves, or ""."""
         return self._refused[1]
+
+    def start(self, wait_s: float = FIRST_LOOK_S) -> None:
+        """Look once, wait for that, and go on polling: the first request meets the arms that the policy names."""
+        super().start()
+        if not self._looked.wait(wait_s):
+            logger.error("the registry was not read within %g s: the champion answers all until it is", wait_s)
 
     def check(self) -> None:
         """Look once, and take over what is new and fits.
@@ -261,6 +272,8 @@ class RegistryWatcher(Periodic):
 
     def _run(self) -> None:
         torch.set_num_threads(1)
+        self._once()  # a replica that Serve restarts goes on with the policy of the one before
+        self._looked.set()
         super()._run()
 
     def failed(self, *, again: bool) -> None:

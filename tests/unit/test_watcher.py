@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -305,3 +306,22 @@ def test_twenty_swaps_under_load_fail_no_request_and_leave_one_model(watched: Wa
     assert {status for status, _ in answered} == {200}
     assert len({version for _, version in answered}) > 10
     assert (answered[-1][1], watched.alive) == ("29", 1)
+
+
+def test_a_service_that_starts_takes_up_the_arms_before_it_answers(watched: Watched) -> None:
+    watched.watcher.every_s = 3_600.0
+    watched.add("4", "canary")
+    policy = TrafficPolicy(arms=(Arm(alias="canary", version="4", percent=50),), salt="a1")
+    watched.registry.traffic = policy.model_dump_json()
+    watched.watcher.start()
+    assert watched.arms == {"canary": ("4", 50)}
+
+
+def test_a_registry_that_does_not_answer_delays_a_start_and_does_not_prevent_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(watched.watcher, "_turn", answers.wait)
+    watched.watcher.start(wait_s=0.05)
+    answers.set()
+    assert "not read within 0.05 s: the champion answers all" in caplog.text
