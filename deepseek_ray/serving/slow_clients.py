@@ -76,13 +76,20 @@ class GuardedProtocol(HttpToolsProtocol):
         """Parse, then see what is missing."""
         self._header_bytes += len(data)
         super().data_received(data)
-        if self._part == _HEADERS and self._header_bytes > MAX_HEADER_BYTES:
+        if self._part == _HEADERS and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self._refuse(_too_long())
             return
         if self._part == _IDLE and self.cycle is not None and self.cycle.response_complete:
             self._part = _HEADERS  # bytes that begin no request, as an empty line, have ended uvicorn's keep-alive
         if self._part != self._timed:
             self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """What the parser cannot read is answered by a problem body, as everything else."""
+        own_body = self._part == _BODY and not self.pipeline and self.cycle and not self.cycle.response_started
+        if self.cycle is None or self.cycle.response_complete or own_body:
+            self.transport.write(_answer(_no_http(self.scheme)))
+        self.transport.close()  # a request before it that still waits must not take this answer for its own
 
     def on_message_begin(self) -> None:
         """A request's first byte is here; headers that come in one read with it are bounded by the read."""
@@ -146,6 +153,15 @@ class GuardedProtocol(HttpToolsProtocol):
         type(self).refused(error.kind)
         self.transport.write(_answer(error))
         self.transport.close()
+
+
+def _no_http(scheme: str | None) -> RequestError:
+    return RequestError(
+        f"The connection does not carry requests of HTTP/1.1 over {scheme}, or a request line or header is malformed.",
+        status=400,
+        kind="malformed-http",
+        fix=f"use an {scheme}:// address, and a client that writes its own request line and headers",
+    )
 
 
 def _too_slow(part: str, allowed_s: float) -> RequestError:

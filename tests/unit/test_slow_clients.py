@@ -230,3 +230,46 @@ def test_who_does_not_read_the_answers_is_cut_off() -> None:
 
     asyncio.run(story())
     assert reasons == ["slow-reading"]
+
+
+NO_HTTP = b"\x16\x03\x01\x02\x00 the start of TLS\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        NO_HTTP,
+        b"GET /healthz\r\nno header\r\n\r\n",
+        b"GET /%ff\xff http\r\n\r\n",
+        b"POST /v1/risk/score HTTP/1.1\r\nhost: x\r\nx-api-key: "
+        + KEY.encode()
+        + b"\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n",
+    ],
+)
+def test_what_is_no_http_gets_a_problem_body(tmp_path: Path, sent: bytes) -> None:
+    guard(PATIENT)
+
+    async def story(port: int) -> None:
+        answer, _ = await talk(port, sent)
+        head, _, text = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert b"content-type: application/problem+json" in head
+        problem = json.loads(text)
+        assert (problem["status"], problem["type"].rpartition(":")[2]) == (400, "malformed-http")
+        assert "use an http:// address" in problem["fix"]
+
+    tell(tmp_path, story)
+
+
+def test_the_answer_to_a_malformed_request_is_not_given_to_the_one_before() -> None:
+    guard(PATIENT)
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.2)
+
+    async def story() -> None:
+        async with serving(waits) as port:
+            answer, _ = await talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" + NO_HTTP)
+            assert answer == b""
+
+    asyncio.run(story())
