@@ -29,7 +29,7 @@ def admit(command: ScoreCommand, plan: Plan) -> None:
         known = plan.stored.get(event.transaction_id)
         earlier = known.transaction if known else fresh.get(event.transaction_id, plan.fresh.get(event.transaction_id))
         if earlier is not None:
-            _check_same(event, earlier, index)
+            _check_same(event, earlier, index, together=event.transaction_id in fresh)
             continue
         event_us = to_us(event.event_time)
         last = last_us.get(event.card_id, plan.last_us.get(event.card_id, event_us))
@@ -42,17 +42,19 @@ def admit(command: ScoreCommand, plan: Plan) -> None:
     plan.received_s |= dict.fromkeys(fresh, command.received_s)
 
 
-def _check_same(event: Transaction, earlier: Transaction, index: int) -> None:
+def _check_same(event: Transaction, earlier: Transaction, index: int, *, together: bool) -> None:
     if event == earlier:
         return
     changed = next(name for name in Transaction.model_fields if getattr(event, name) != getattr(earlier, name))
+    values = f"{getattr(earlier, changed)!s}, now {getattr(event, changed)!s}"
+    before = "stands in the request twice, the second time" if together else "was sent before"
     raise RequestError(
-        f"Transaction {event.transaction_id!r} (number {index} of the request) was scored before with another "
-        f"{changed}: {getattr(earlier, changed)!s}, now {getattr(event, changed)!s}.",
+        f"Transaction {event.transaction_id!r} (number {index} of the request) {before} with another "
+        f"{changed}: {values}.",
         status=409,
         kind="duplicate-transaction",
         field="transaction_id",
-        fix="repeat a request unchanged, or give a new transaction a new id",
+        fix="give each transaction its own id" if together else "repeat a request unchanged, or give a new id",
     )
 
 
@@ -92,11 +94,12 @@ def is_new_label(item: Feedback, target: LabelTarget, earlier: Feedback | None) 
     if held is None:
         return True
     if held != item.is_fraud:
+        where = "is already labelled" if earlier is None else "stands in the request twice, the first time with"
         raise RequestError(
-            f"Prediction {item.prediction_id!r} is already labelled is_fraud={str(held).lower()}.",
+            f"Prediction {item.prediction_id!r} {where} is_fraud={str(held).lower()}.",
             status=409,
             kind="conflicting-feedback",
             field="is_fraud",
-            fix="settle which label is true; the first one stays",
+            fix="settle which label is true; " + ("the first one stays" if earlier is None else "none was taken"),
         )
     return False

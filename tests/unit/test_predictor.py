@@ -60,7 +60,19 @@ def test_the_same_id_with_another_amount_is_a_conflict(tmp_path: Path) -> None:
         scored(made, event(1))
         error = refused(made, ScoreCommand([event(1, amount=2_000)]))
         assert (error.status, error.kind) == (409, "duplicate-transaction")
-        assert "another amount_cents: 1000, now 2000" in str(error)
+        assert "was sent before with another amount_cents: 1000, now 2000" in str(error)
+
+
+def test_an_id_that_stands_twice_in_one_request_was_not_sent_before(tmp_path: Path) -> None:
+    with rig(tmp_path) as made:
+        error = refused(made, ScoreCommand([event(1), event(1, amount=2_000)]))
+        assert (error.status, error.kind, error.fix) == (
+            409,
+            "duplicate-transaction",
+            "give each transaction its own id",
+        )
+        assert "(number 1 of the request) stands in the request twice, the second time with another" in str(error)
+        assert made.state.counts == {}
 
 
 def test_duplicates_within_one_batch_count_once(tmp_path: Path) -> None:
