@@ -52,6 +52,7 @@ def show(options: argparse.Namespace) -> int:
 
 def set_traffic(options: argparse.Namespace) -> int:
     """Give arms a share, set the shadow, the schedule or the limits."""
+    _check_given(options)
     registry = open_registry(options)
     book, text = TrafficBook(registry), TrafficBook(registry).read()
     before = TrafficPolicy.parse(text)
@@ -104,19 +105,40 @@ def rollback(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_given(options: argparse.Namespace) -> None:
+    """Refuse a move that moves nothing.
+
+    Raises:
+        ConfigError: no setting is given.
+    """
+    values = (options.shadow, options.schedule, options.dwell, options.min_decisions)
+    if not options.arms and not options.limit and all(value is None for value in values):
+        raise ConfigError(
+            "traffic set was given nothing to set.",
+            fix="name an arm, as in canary@7=5, or --shadow, --schedule or --limit; see what is set with traffic show",
+        )
+
+
 def _arms(
     options: argparse.Namespace, registry: Registry, before: TrafficPolicy, schedule: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     arms = {str(arm.alias): arm.model_dump() for arm in before.arms}
+    named: dict[str, str] = {}
     for text in options.arms:
         found = _ARM.fullmatch(text)
         if found is None:
             raise ConfigError(f"{text!r} names no arm.", fix="write ARM[@VERSION][=PERCENT], for example canary@7=5")
         alias, percent = found["alias"], _percent(found["percent"], text, schedule)
+        if alias in named:
+            raise ConfigError(f"{alias} is given twice: {named[alias]!r}, {text!r}.", fix="give each arm once")
+        named[alias] = text
         arms.pop(alias, None)
         if percent:
             version = _version(registry, alias, found["version"])
             arms[alias] = {"alias": alias, "version": version, "percent": percent}
+    if sum(arm["percent"] for arm in arms.values()) > 100:
+        shares = " and ".join(f"{arm['alias']}={arm['percent']:g}" for arm in arms.values())
+        raise ConfigError(f"{shares} are more than 100 % of the traffic.", fix="give an arm less, or 0 to end it")
     return list(arms.values())
 
 
@@ -124,11 +146,14 @@ def _percent(given: str | None, text: str, schedule: dict[str, Any] | None) -> f
     if given is None and schedule is not None:
         return float(schedule["steps"][0]) if "steps" in schedule else 1.0
     try:
-        return float(given or "")
+        percent = float(given or "")
     except ValueError:
         raise ConfigError(
             f"{text!r} gives no percentage.", fix="add one, as in canary=5, or a --schedule that begins with one"
         ) from None
+    if percent > 100:
+        raise ConfigError(f"{text!r} gives {percent:g} % of the traffic.", fix="give at most 100; 0 ends the arm")
+    return percent
 
 
 def _shadow(options: argparse.Namespace, registry: Registry, before: TrafficPolicy) -> dict[str, Any] | None:

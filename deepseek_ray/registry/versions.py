@@ -360,7 +360,15 @@ class Registry:
                 fix="see `deepseek-ray registry history` for what there is",
             )
         with self.tracking.guard() as client:
-            return client.get_model_version(self.name, number)
+            found = _find_version(client, self.name, number)
+        if found is None:
+            known = self.versions()
+            raise RegistryError(
+                f"{self.name!r} has no version {number}; it has {', '.join(known[-10:]) or 'none'}"
+                f"{' and older ones' if len(known) > 10 else ''}.",
+                fix="name one of these, or an alias",
+            )
+        return found
 
     def _local_path(self, found: ModelVersion) -> Path:
         parts = urlsplit(str(found.source))
@@ -385,6 +393,17 @@ class Registry:
 def _find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
     try:
         return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _find_version(client: MlflowClient, name: str, number: str) -> ModelVersion | None:
+    if len(number) > 9:  # beyond what a store counts to
+        return None
+    try:
+        return client.get_model_version(name, number)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None

@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepseek_ray.errors import ConfigError
+from deepseek_ray.serving.wording import detail_of
 
 DEFAULT_STEPS = (1.0, 5.0, 25.0, 100.0)
 MAX_PAST = 8
@@ -220,4 +221,4 @@ def _wrong(error: ValidationError) -> ConfigError:
     field = ".".join(str(part) for part in first["loc"])
     shown = f" = {first['input']!r}" if field else ""
     where = f"Traffic setting {field!r}{shown}" if field else "The traffic policy"
-    return ConfigError(f"{where}: {first['msg']}.", fix="see deepseek-ray traffic set --help")
+    return ConfigError(f"{where}: {detail_of(first)}.", fix="see deepseek-ray traffic set --help")

@@ -282,8 +282,15 @@ def test_version_behind_an_alias_cannot_be_deleted(two: Registry, tmp_path: Path
 def test_unknown_version_and_alias(registry: Registry) -> None:
     with pytest.raises(RegistryError, match="no version or alias 'champion'"):
         registry.get("champion")
-    with pytest.raises(RegistryError, match="not found"):
-        registry.get("7")
+    for number in ("7", "99999999999999999999"):
+        with pytest.raises(RegistryError, match=f"'risk' has no version {number}; it has none") as caught:
+            registry.get(number)
+        assert "RESOURCE_DOES_NOT_EXIST" not in str(caught.value)
+
+
+def test_an_unknown_version_is_told_which_there_are(two: Registry) -> None:
+    with pytest.raises(RegistryError, match=r"it has 1, 2\. Fix: name one of these"):
+        two.get("9")
 
 
 def test_pyfunc_scores_like_the_model(two: Registry) -> None:

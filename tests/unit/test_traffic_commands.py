@@ -82,8 +82,10 @@ def test_a_schedule_gives_the_first_step_and_limits_are_kept(registry: FakeRegis
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["canary@2=60", "challenger=50"], "110 % of the traffic"),
-        (["canary@2=101"], "arms.0.percent' = 101"),
+        ([], "nothing to set"),
+        (["canary@2=5", "canary@3=5"], "canary is given twice: 'canary@2=5', 'canary@3=5'"),
+        (["canary@2=60", "challenger=50"], "canary=60 and challenger=50 are more than 100 % of the traffic"),
+        (["canary@2=101"], "'canary@2=101' gives 101 % of the traffic"),
         (["champion=50"], "'champion=50' names no arm"),
         (["canary@x=5"], "names no arm"),
         (["canary@2"], "gives no percentage"),
@@ -97,7 +99,10 @@ def test_a_schedule_gives_the_first_step_and_limits_are_kept(registry: FakeRegis
         (["canary@2", "--schedule", "a,b"], "no list of percentages"),
         (["canary@2", "challenger=5", "--schedule", "1,5"], "exactly one arm, not 2"),
         (["canary@2=5", "--limit", "max_psi"], "has no value"),
-        (["canary@2=5", "--limit", "colour=1"], "limits.colour"),
+        (["canary@2=5", "--limit", "colour=1"], "'limits.colour' = '1': unknown field"),
+        (["canary@2=5", "--limit", "max_psi=high"], "'limits.max_psi' = 'high': not a number"),
+        (["canary@2", "--schedule", "5,1"], ": steps must rise, above 0"),
+        (["canary@2", "--schedule", "1,5", "--dwell", "-1"], "'schedule.dwell_s' = -1.0: should be greater"),
         (["canary@2=5", "--shadow", "latest"], "'latest' is no version"),
     ],
 )
@@ -107,6 +112,7 @@ def test_what_cannot_be_is_refused_and_nothing_moves(
     assert run("set", *arguments) == 2
     error = capsys.readouterr().err
     assert why in error
+    assert "Value error" not in error
     assert "Fix:" in error or "no version or alias" in error
     assert (registry.traffic, registry.moved, set(registry.aliases)) == ("", [], {"champion", "challenger"})
 
