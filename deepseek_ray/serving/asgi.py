@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMap
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError
+from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError, OverloadedError, RegistryError, RequestError
 from deepseek_ray.logs import get_logger, trace_of
 from deepseek_ray.serving import openapi, problem
 from deepseek_ray.serving.auth import Keyring
@@ -27,6 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 JSON = b"application/json"
+TELL_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class AsgiApp:
     Attributes:
         routes: path -> method -> handler.
         beside: started and stopped with the application, None for none.
+        root: the run folder; clients hear of its files by names that are seen from there.
 
     Args:
         routes: path -> method -> handler.
@@ -88,6 +90,8 @@ class AsgiApp:
             "/docs": {"GET": self._docs},
         }
         self.beside: Beside | None = None
+        self.root = ""
+        self._told = ("", 0.0)
         self._keys = keys
         self._admin_routes = frozenset(admin_routes)
         self._monitor = monitor
@@ -121,10 +125,19 @@ class AsgiApp:
         except Exception as error:
             if isinstance(error, OverloadedError):
                 self._monitor.shed.labels(error.kind).inc()
+            elif isinstance(error, EnvironmentProblemError | RegistryError):
+                self._tell(str(error))
             elif not isinstance(error, DeepseekRayError):
                 route = path if path in self.routes else "an unknown path"
                 logger.error("request to %s failed: %s", route, trace_of(error))
-            return self._refusal(error, path)
+            return self._refusal(_unpacked(error, scope), path)
+
+    def _tell(self, problem: str) -> None:
+        """Log what is wrong with this machine, with the paths that clients do not see; one line a minute is enough."""
+        now_s = time.monotonic()
+        if problem != self._told[0] or now_s - self._told[1] > TELL_EVERY_S:
+            self._told = problem, now_s
+            logger.error("requests are refused: %s", problem)
 
     def _needed(self, path: str, method: str) -> KeyScope:
         if path in self._admin_routes:
@@ -148,7 +161,7 @@ class AsgiApp:
         return ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
 
     def _refusal(self, error: Exception, path: str) -> Response:
-        status, body = problem.to_problem(error)
+        status, body = problem.to_problem(error, self.root)
         headers = problem.headers_for(status, error)
         if status == 405:
             headers.append((b"allow", self._allowed(path).encode()))
@@ -201,6 +214,22 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise _too_large(size, limit)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _unpacked(error: Exception, scope: Scope) -> Exception:
+    """Of a packed body say that it is packed, not where its JSON breaks off; a body that can be read is not asked."""
+    if not isinstance(error, RequestError) or error.kind != "malformed-json":
+        return error
+    coding = next((value for name, value in scope["headers"] if name == b"content-encoding"), b"identity")
+    if coding.lower() == b"identity":
+        return error
+    return RequestError(
+        f"The header Content-Encoding = {coding.decode('latin-1')[:80]!r} is not supported.",
+        status=415,
+        kind="unsupported-encoding",
+        field="Content-Encoding",
+        fix="send the body as it is, without this header",
+    )
 
 
 def _too_large(size: int, limit: int) -> RequestError:

@@ -21,6 +21,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError
 from deepseek_ray.paths import RunPaths, replace_text
+from deepseek_ray.serving.wording import detail_of
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -99,7 +100,7 @@ def read_keys(file: Path) -> list[KeyRecord]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise EnvironmentProblemError(
-            f"The key file {str(file)!r} is damaged: {where}: {first['msg']}.",
+            f"The key file {str(file)!r} is damaged: {where}: {detail_of(first)}.",
             fix="restore it from a copy, or delete it and add the keys again with: deepseek-ray keys add",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -133,7 +134,7 @@ def add_key(
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise ConfigError(
-            f"The key cannot be made: {first['loc'][0]}: {first['msg']}.", fix="see: deepseek-ray keys add --help"
+            f"The key cannot be made: {first['loc'][0]}: {detail_of(first)}.", fix="see: deepseek-ray keys add --help"
         ) from None
     with _locked(file):
         _write(file, [*read_keys(file), record])

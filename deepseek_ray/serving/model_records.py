@@ -10,8 +10,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from deepseek_ray.registry.columns import Column
+from deepseek_ray.serving.duplicate_keys import check_quotes
 from deepseek_ray.serving.problem import FieldErrors, field_error, field_errors
 from deepseek_ray.serving.wire import check_count, load_json
+from deepseek_ray.serving.wording import json_type
 
 MAX_TEXT_CHARS = 1 << 20
 _WHOLE = {"long": 2**63, "integer": 2**31}
@@ -61,7 +63,10 @@ class Records:
         if not rows:
             raise FieldErrors([field_error(key, value, "no row", "send at least one")])
         check_count(len(rows), self._max_rows, key)
-        return self._checked(rows)
+        batch = self._checked(rows)
+        names = sum(map(len, rows)) if key == "records" else len(value)
+        check_quotes(body, 2 + 2 * names)  # strings among the values cost a second look
+        return batch
 
     def json_schema(self) -> dict[str, Any]:
         """JSON schema of one record."""
@@ -88,23 +93,23 @@ class Records:
 def _one_of(loaded: Any) -> tuple[str, Any]:
     fix = 'send {"records": [{...}]} or {"columns": {"name": [...]}}'
     if not isinstance(loaded, dict):
-        raise FieldErrors([field_error("", loaded, f"the body is a {type(loaded).__name__}, not an object", fix)])
+        raise FieldErrors([field_error("", loaded, f"{json_type(loaded)}, not an object", fix)])
     if len(loaded) != 1 or not loaded.keys() <= {"records", "columns"}:
         odd = next((key for key in loaded if key not in ("records", "columns")), "")
         raise FieldErrors([field_error(odd, loaded.get(odd), "not one of records and columns", fix)])
     key, value = next(iter(loaded.items()))
     if key == "records" and not isinstance(value, list):
-        raise FieldErrors([field_error(key, value, f"a {type(value).__name__}, not a list", fix)])
+        raise FieldErrors([field_error(key, value, f"{json_type(value)}, not an array", fix)])
     return key, value
 
 
 def _lists(columns: Any) -> dict[str, list[Any]]:
     if not isinstance(columns, dict):
-        detail = f"a {type(columns).__name__}, not an object"
+        detail = f"{json_type(columns)}, not an object"
         raise FieldErrors([field_error("columns", columns, detail, "send a list of values for each column's name")])
     for name, values in columns.items():
         if not isinstance(values, list):
-            detail = f"a {type(values).__name__}, not a list"
+            detail = f"{json_type(values)}, not an array"
             raise FieldErrors([field_error(f"columns.{name}", values, detail, "send a list, one value a row")])
     return columns
 

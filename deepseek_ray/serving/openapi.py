@@ -18,18 +18,19 @@ OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 """Routes that ask for no key."""
 
 _PROBLEMS = {
-    "400": "The body is not JSON.",
+    "400": "The body is not JSON, or names a field twice.",
     "401": "The API key is missing, wrong or expired.",
     "403": "The API key's scope is too small.",
     "404": "The prediction is unknown.",
     "408": "The body did not arrive in time.",
     "409": "A stale event, a transaction id with another content, or a label that contradicts an earlier one.",
     "413": "Too many records or bytes.",
+    "415": "The body is compressed.",
     "422": "A field is missing, unknown, of the wrong type or out of range.",
     "429": "The queue is full, or the key's rate is used up; Retry-After says when to come back.",
     "503": "Too late for the request's deadline, or a store is not usable; Retry-After says when to come back.",
 }
-BODY_PROBLEMS = ("400", "401", "403", "408", "409", "413", "422", "429", "503")
+BODY_PROBLEMS = ("400", "401", "403", "408", "409", "413", "415", "422", "429", "503")
 _ROUTES: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("/v1/risk/score", "post", "Score one transaction, or many in order.", "score", BODY_PROBLEMS),
     ("/v1/risk/feedback", "post", "Send labels, any time later; idempotent.", "feedback", ("404", *BODY_PROBLEMS)),

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from deepseek_ray.errors import DeepseekRayError, LateError, OverloadedError, RequestError, StaleEventError
+from deepseek_ray.logs import hide_folders
+from deepseek_ray.serving.wording import MISSING, detail_of, json_type
 
 CONTENT_TYPE = b"application/problem+json"
 MAX_ERRORS = 20
@@ -39,7 +41,7 @@ class FieldErrors(RequestError):
     def __init__(self, errors: list[dict[str, Any]], *, status: int = 422, kind: str = "invalid-field") -> None:
         first = errors[0]
         super().__init__(
-            f"Field {first['field']!r} = {first['value']!r}: {first['detail']}.",
+            f"{_place(first)}: {first['detail']}.",
             status=status,
             kind=kind,
             field=first["field"],
@@ -47,6 +49,13 @@ class FieldErrors(RequestError):
         )
         self.errors = errors[:MAX_ERRORS]
         self.total = len(errors)
+
+
+def _place(error: dict[str, Any]) -> str:
+    if not error["field"]:
+        return "The body"
+    shown = "" if error["detail"] == MISSING else f" = {json.dumps(error['value'], ensure_ascii=False)}"
+    return f"Field {error['field']!r}{shown}"
 
 
 def field_errors(error: ValidationError, prefix: str = "") -> list[dict[str, Any]]:
@@ -60,7 +69,7 @@ def _entry(item: Any, prefix: str) -> dict[str, Any]:
     return field_error(
         f"{prefix}.{path}" if prefix and path else prefix or path,
         value,
-        item["msg"],
+        detail_of(item),
         _FIXES.get(item["type"], "send a value of the documented type and range, see /docs"),
     )
 
@@ -77,13 +86,18 @@ def _printable(value: Any) -> Any:
         return str(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
     if isinstance(value, bool | int | float | type(None)):
         return value
-    text = value if isinstance(value, str) else type(value).__name__
+    text = value if isinstance(value, str) else json_type(value)
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}…"
 
 
-def to_problem(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and problem body of an error; an unforeseen error gives 500 and no inner detail."""
+def to_problem(error: Exception, root: str = "") -> tuple[int, dict[str, Any]]:
+    """HTTP status and problem body of an error; an unforeseen error gives 500 and no inner detail.
+
+    Args:
+        root: the run folder. A file is named as seen from there, any other by its last part: where a server keeps
+            its files is not its clients' business.
+    """
     if isinstance(error, RequestError):
         return error.status, _body(error.status, error.kind, error.message, error.fix, error)
     if isinstance(error, StaleEventError):
@@ -93,7 +107,7 @@ def to_problem(error: Exception) -> tuple[int, dict[str, Any]]:
         status = 503 if isinstance(error, LateError) else 429
         return status, _body(status, error.kind, error.message, error.fix or f"retry after {RETRY_AFTER_S} s")
     if isinstance(error, DeepseekRayError):
-        return 503, _body(503, "unavailable", error.message, error.fix)
+        return 503, _body(503, "unavailable", hide_folders(error.message, root), hide_folders(error.fix, root))
     detail = "The service failed on this request; its log has the cause."
     return 500, _body(500, "internal", detail, "retry once, then report it")
 

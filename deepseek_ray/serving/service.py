@@ -143,6 +143,7 @@ class RiskService:
         keys = file_of(paths.root, config.api_keys_file)
         keyring = Keyring(key, keys, rate=config.rate_per_key, burst_s=config.rate_burst_s)
         self.app = RiskApp(self._service(config), keyring)
+        self.app.root = str(paths.root)
         logger.info("version %s serves; %d events and %d labels looked at in recovery", info.version, *self.recovered)
 
     def start(self) -> None:

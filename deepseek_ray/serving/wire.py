@@ -11,7 +11,9 @@ from pydantic_core import from_json
 
 from deepseek_ray.data.events import Feedback, Record, Transaction, to_us
 from deepseek_ray.errors import RequestError
+from deepseek_ray.serving.duplicate_keys import check_names, check_quotes
 from deepseek_ray.serving.problem import FieldErrors, field_error, field_errors
+from deepseek_ray.serving.wording import json_type
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -59,6 +61,7 @@ def parse_feedback(body: bytes, limits: Limits, now_us: int) -> tuple[list[Feedb
 def parse_threshold(body: bytes) -> ThresholdChange:
     """A threshold change; raises like ``parse_transactions``."""
     loaded = load_json(body)
+    check_names(body)
     try:
         return ThresholdChange.model_validate(loaded)
     except ValidationError as error:
@@ -84,10 +87,12 @@ def load_json(body: bytes) -> Any:
 def _parse(body: bytes, key: str, kind: type[RecordT], time_field: str, limits: Limits) -> tuple[list[RecordT], bool]:
     loaded = load_json(body)
     if not isinstance(loaded, dict):
-        detail = f"the body is a {type(loaded).__name__}, not an object"
+        detail = f"{json_type(loaded)}, not an object"
         raise FieldErrors([field_error("", loaded, detail, f"send one record, or {{{key!r}: [...]}}")])
     if key not in loaded:
-        return [_one(loaded, kind, time_field, "")], False
+        record = _one(loaded, kind, time_field, "")
+        check_quotes(body, _quotes(loaded))
+        return [record], False
     items = loaded[key]
     _check_list(loaded, key, items, limits)
     errors: list[dict[str, Any]] = []
@@ -99,7 +104,13 @@ def _parse(body: bytes, key: str, kind: type[RecordT], time_field: str, limits: 
             errors += error.errors
     if errors:
         raise FieldErrors(errors)
+    check_quotes(body, 2 + sum(map(_quotes, items)))
     return records, True
+
+
+def _quotes(item: dict[str, Any]) -> int:
+    """Of a valid record: each of its names is a string, and so is each of its values but one, amount or label."""
+    return 4 * len(item) - 2
 
 
 def _check_list(loaded: dict[str, Any], key: str, items: Any, limits: Limits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
@@ -12,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deepseek_ray.errors import EnvironmentProblemError
+from deepseek_ray.serving import duplicate_keys
 from tests.unit.serving_parts import NOW, Rig, body, event, rig
 
 
@@ -118,6 +121,98 @@ def test_in_a_list_the_place_is_named_and_nothing_is_scored(tmp_path: Path) -> N
         assert "x-repeated" not in good.headers
 
     tell(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (b"null", "The body: null, not an object."),
+        (b"[]", "The body: an array, not an object."),
+        (b"1", "The body: a number, not an object."),
+        (b'{"transactions": [null]}', "Field 'transactions.0' = null: not an object."),
+        (b'{"transactions": [{"amount_cents": true}]}', "not a whole number"),
+        (b'{"transactions": [{"card_id": {}}]}', "not a string"),
+        (b'{"transactions": [{"amount_cents": null}]}', "Field 'transactions.0.transaction_id': missing."),
+        (b'{"is_fraud": 1}', "missing"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words_of_json(tmp_path: Path, content: bytes, detail: str) -> None:
+    answer = post(tmp_path, content)
+    told = [answer.json()["detail"], *(error["detail"] for error in answer.json()["errors"])]
+    assert any(detail in text for text in told), told
+    for word in ("None", "dict", "Value error", "Input should", "int ", "bool"):
+        assert word not in answer.text
+
+
+@pytest.mark.parametrize("route", ["/v1/risk/score", "/v1/risk/feedback", "/v1/risk/threshold"])
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path, route: str) -> None:
+    one = {
+        "/v1/risk/score": body(event(1)),
+        "/v1/risk/feedback": {"prediction_id": "p", "is_fraud": True, "observed_at": NOW.isoformat()},
+        "/v1/risk/threshold": {"threshold": 0.25},
+    }[route]
+    whole = json.dumps(one)
+    name, value = next(iter(one.items()))
+    twice = f"{{{json.dumps(name)} : {json.dumps(value)}, {whole[1:]}"
+    problem = post(tmp_path, twice.encode(), route).json()
+    assert (problem["status"], problem["type"].rpartition(":")[2]) == (400, "duplicate-key")
+    assert (problem["field"], problem["fix"]) == (name, "send each field once")
+    if route == "/v1/risk/score":
+        for many in (f'{{"transactions": [{whole}, {twice}]}}', f'{{"transactions": [], "transactions": [{whole}]}}'):
+            assert post(tmp_path, many.encode()).json()["type"].endswith("duplicate-key")
+
+
+def test_names_that_differ_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicate_keys, "check_names", _not_again)
+    full = body(event(1), device_id="d1", channel="online", country="DE", merchant_category="books")
+    for content in (full, body(event(2)), {"transactions": [body(event(3)), full]}):
+        assert post(tmp_path, content).status_code == 200
+
+
+def _not_again(content: bytes) -> None:
+    raise AssertionError("a body without a doubled name is not read twice")
+
+
+def test_a_packed_body_is_told_to_unpack(tmp_path: Path) -> None:
+    async def story(client: httpx.AsyncClient) -> None:
+        packed = gzip.compress(json.dumps(body(event(1))).encode())
+        refused = await client.post("/v1/risk/score", content=packed, headers={"Content-Encoding": "gzip"})
+        problem = refused.json()
+        assert (refused.status_code, problem["field"]) == (415, "Content-Encoding")
+        assert "Content-Encoding = 'gzip'" in problem["detail"]
+        assert "without this header" in problem["fix"]
+        plain = await client.post("/v1/risk/score", content=b"{", headers={"Content-Encoding": "identity"})
+        assert plain.status_code == 400
+
+    tell(tmp_path, story)
+
+
+def test_clients_do_not_hear_where_the_server_keeps_its_files_and_the_log_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(made: Rig) -> None:
+        made.app.root = str(tmp_path)
+        monkeypatch.setattr(made.log, "commit", _full(tmp_path / "predictions.db"))
+        async with made.client() as client:
+            for number in (1, 2):
+                answer = await client.post("/v1/risk/score", json=body(event(number)))
+                assert answer.status_code == 503
+                assert "The prediction log 'predictions.db' cannot be used" in answer.json()["detail"]
+                assert str(tmp_path) not in answer.text
+        monkeypatch.undo()
+
+    with rig(tmp_path) as made:
+        asyncio.run(story(made))
+    lines = [record for record in caplog.records if record.message.startswith("requests are refused: ")]
+    assert len(lines) == 1
+    assert str(tmp_path / "predictions.db") in lines[0].message
+
+
+def _full(path: Path) -> Callable[..., Any]:
+    def commit(*rows: Any, **applied: int) -> None:
+        raise EnvironmentProblemError(f"The prediction log {str(path)!r} cannot be used: disk full.", fix="free space")
+
+    return commit
 
 
 def test_too_many_transactions(tmp_path: Path) -> None:

@@ -79,3 +79,10 @@ def test_overload_says_when_to_come_back_and_what_ran_out() -> None:
     status, body = to_problem(fast)
     assert (status, body["type"]) == (429, "urn:deepseek-ray:problem:rate-limited")
     assert dict(headers_for(status, fast)) == {b"retry-after": b"1"}
+
+
+def test_an_address_of_a_file_is_cut_to_what_clients_may_know() -> None:
+    error = EnvironmentProblemError("The log '/srv/run/predictions.db' is full.", fix="clear /srv/run/serving")
+    assert to_problem(error, "/srv/run")[1]["detail"] == "The log 'predictions.db' is full."
+    assert to_problem(error, "/srv/run")[1]["fix"] == "clear serving"
+    assert to_problem(error)[1]["detail"] == "The log 'predictions.db' is full."
