@@ -82,6 +82,11 @@ class RunPaths:
         return self.root / "serving" / "shadow.db"
 
     @property
+    def replica_log(self) -> Path:
+        """What the service that serves this run says; three older ones stand beside it."""
+        return self.root / "serving" / "replica.log"
+
+    @property
     def api_keys(self) -> Path:
         """Digests of API keys; see serving/keys.py."""
         return self.root / "api_keys.json"

@@ -12,11 +12,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from deepseek_ray.cli import add_settings, guarded
 from deepseek_ray.config import Config
+from deepseek_ray.logs import keep_in
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.keys import file_of
 from deepseek_ray.serving.model_service import Target, find, is_uri
@@ -35,17 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="deepseek-ray-model-") as folder:
         target = _find(options, config, paths, elsewhere, Path(folder))
         key_file = str(file_of(paths.root, config.serving.api_keys_file))
-        build_arguments = (asdict(target), config.model_dump(), options.device, key, key_file)
+        log = paths.replica_log.with_name(f"model-{target.name}.log") if paths.root.is_dir() else None
+        build_arguments = (asdict(target), config.model_dump(), options.device, key, key_file, str(log or ""))
         http = terminal.http_options(config.serving)
         start = functools.partial(ingress.start, build, *build_arguments, host=config.serving.host, http=http)
-        terminal.serve(f"{target.name!r} of {target.source}", config, start)
+        terminal.serve(f"{target.name!r} of {target.source}", config, start, log=log)
     return 0
 
 
-def build(target: dict[str, str], settings: dict[str, object], device: str, key: str, key_file: str) -> object:
+def build(
+    target: dict[str, str], settings: dict[str, object], device: str, key: str, key_file: str, log: str
+) -> object:
     """The ASGI application; called inside the replica."""
     from deepseek_ray.serving.model_service import open_app  # seconds of imports that the driver does without
 
+    if log:
+        with suppress(OSError):  # a store may be read-only; Ray keeps the lines too
+            keep_in(Path(log))
     return open_app(target, settings, device, key, key_file)
 
 

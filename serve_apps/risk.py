@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from deepseek_ray.cli import add_settings, guarded
 from deepseek_ray.config import Config
 from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.logs import keep_in
 from deepseek_ray.paths import RunPaths
 from serve_apps import ingress, terminal
 
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{config.model_name!r} of {run}",
         config,
         lambda: ingress.start(build, run, config.model_dump(), key, host=config.serving.host, http=http),
+        log=paths.replica_log,
     )
     return 0
 
@@ -39,6 +42,7 @@ def build(run: str, settings: dict[str, object], key: str) -> object:
     """The ASGI application; called inside the replica."""
     from deepseek_ray.serving.service import open_app  # seconds of imports that the driver does without
 
+    keep_in(RunPaths(Path(run)).replica_log)
     return open_app(run, settings, key)
 
 

@@ -6,6 +6,7 @@ import argparse
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deepseek_ray import cli
@@ -78,13 +79,14 @@ def http_options(serving: ServingConfig) -> dict[str, Any]:
     return options | {"ssl_certfile": serving.tls_certfile, "ssl_keyfile": serving.tls_keyfile}
 
 
-def serve(what: str, config: Config, start: Callable[[], None]) -> None:
+def serve(what: str, config: Config, start: Callable[[], None], *, log: Path | None = None) -> None:
     """Start a service, print its address, and stop it on SIGTERM or Ctrl-C.
 
     Args:
         what: named in the line that is printed once it answers.
         config: its settings, ports chosen.
         start: deploys it.
+        log: file that the replica writes to, named too.
     """
     serving = config.serving
     try:
@@ -93,6 +95,8 @@ def serve(what: str, config: Config, start: Callable[[], None]) -> None:
         rpc = f", gRPC on port {serving.rpc_port}" if serving.rpc_port > 0 else ""
         scheme = "https" if serving.tls_certfile else "http"
         print(f"serving {what} at {scheme}://{serving.host}:{serving.port}{rpc}, described at /docs", flush=True)
+        if log:
+            print(f"metrics at /metrics, log in {log}", flush=True)
         while not stop.wait(LOOK_EVERY_S):
             head.look_after()
     finally:
