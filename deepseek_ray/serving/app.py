@@ -114,11 +114,12 @@ class RiskApp(AsgiApp):
         command = ThresholdCommand(change.threshold, change.model_version)
         live = await service.batcher.submit(command, arrived_s=received_s, deadline_s=deadline_s)
         assert isinstance(live, LiveModel)
-        return json_response(_describe(live, self._service.refused()))
+        return json_response(self.without_folders(_describe(live, self._service.refused())))
 
     async def _model(self, scope: Scope, receive: Receive) -> Response:
         service = self._service
-        return json_response(_describe(service.live(), service.refused()) | service.standing())
+        told = _describe(service.live(), service.refused()) | service.standing()
+        return json_response(self.without_folders(told))
 
     async def _readyz(self, scope: Scope, receive: Receive) -> Response:
         if not self._service.healthy():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deepseek_ray.errors import DeepseekRayError, EnvironmentProblemError, OverloadedError, RegistryError, RequestError
-from deepseek_ray.logs import get_logger, trace_of
+from deepseek_ray.logs import get_logger, hide_folders, trace_of
 from deepseek_ray.serving import openapi, problem
 from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.keys import Scope as KeyScope
@@ -166,6 +166,14 @@ class AsgiApp:
         if status == 405:
             headers.append((b"allow", self._allowed(path).encode()))
         return Response(status, problem.encode(body), problem.CONTENT_TYPE, tuple(headers))
+
+    def without_folders(self, tree: Any) -> Any:
+        """Texts, also those of lists and mappings, without the folders of this server."""
+        if isinstance(tree, str):
+            return hide_folders(tree, self.root)
+        if isinstance(tree, Mapping):
+            return {key: self.without_folders(value) for key, value in tree.items()}
+        return [self.without_folders(value) for value in tree] if isinstance(tree, list) else tree
 
     async def _healthz(self, scope: Scope, receive: Receive) -> Response:
         return json_response({"status": "alive", "rpc_port": self.beside.port if self.beside else 0})

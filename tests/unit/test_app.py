@@ -208,6 +208,22 @@ def test_clients_do_not_hear_where_the_server_keeps_its_files_and_the_log_does(
     assert str(tmp_path / "predictions.db") in lines[0].message
 
 
+def test_why_a_version_was_refused_is_told_without_the_servers_folders(tmp_path: Path) -> None:
+    async def story(made: Rig) -> dict[str, Any]:
+        why = f"The file '{tmp_path}/serving/model.safetensors' is missing."
+        service = made.service(refused=lambda: why, standing=lambda: {"arms": [{"withdrawn": why}], "fallback": why})
+        made.app = made.make_app(service)
+        made.app.root = str(tmp_path)
+        async with made.client() as client:
+            return (await client.get("/v1/risk/model")).json()
+
+    with rig(tmp_path) as made:
+        told = asyncio.run(story(made))
+    assert {told["refused"], told["fallback"], told["arms"][0]["withdrawn"]} == {
+        "The file 'serving/model.safetensors' is missing."
+    }
+
+
 def _full(path: Path) -> Callable[..., Any]:
     def commit(*rows: Any, **applied: int) -> None:
         raise EnvironmentProblemError(f"The prediction log {str(path)!r} cannot be used: disk full.", fix="free space")
