@@ -7,6 +7,7 @@ import of ray, in the process that starts the cluster.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -39,7 +40,11 @@ def prepare(host: str, port: int, gcs_store: str = "") -> None:
     _port = port
     head.use(gcs_store)
     silence_telemetry()
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default; where it is not named Ray suggests to end it
     os.environ |= {
+        # What Ray does on Macs: the node is 127.0.0.1, and all its ports stay on this machine. ``_node_ip_address``
+        # does not do it, because ``ray.init`` puts the machine's address in the place of 127.0.0.1.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # the application shares the replica's event loop (uvloop), frozen GC
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # it would listen too, at another port
         "RAY_worker_niceness": "0",  # 15 otherwise: whatever else runs on the machine would come before requests
@@ -109,7 +114,6 @@ def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str,
 
     ray.init(
         address="local",
-        _node_ip_address="127.0.0.1",  # Ray's own ports stay on this machine too
         include_dashboard=False,
         num_cpus=max(2, os.cpu_count() or 1),
         object_store_memory=100 << 20,
@@ -118,6 +122,7 @@ def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str,
         runtime_env={"env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": "1"}},
         **head.options(),
     )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here, not in the replica
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     try:
         serve.run(

@@ -89,6 +89,21 @@ def test_repeats_conflicts_keys_and_feedback(server: Server) -> None:
     assert server.client.post("/v1/risk/feedback", json=label | {"prediction_id": "p0"}).status_code == 404
 
 
+def test_a_start_says_where_it_is_and_nothing_listens_beyond_this_machine(server: Server) -> None:
+    said, started = server.output[0], server.run.paths.replica_log.read_text()
+    assert said.startswith("serving "), server.output
+    assert " version 1 serves; " in started
+    family = psutil.Process(server.process.pid)
+    ports = {
+        (process.name(), connection.laddr)
+        for process in [family, *family.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(ports) > 3  # Ray's among them
+    assert {(name, at.ip) for name, at in ports if at.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")} == set()
+
+
 def test_health_needs_no_key_and_metrics_do(server: Server) -> None:
     base = f"http://127.0.0.1:{server.port}"
     assert httpx.get(f"{base}/healthz").status_code == 200
