@@ -55,6 +55,8 @@ CREATE TABLE IF NOT EXISTS thresholds (
     model_version TEXT NOT NULL, threshold REAL NOT NULL, logged_us INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 """
+_INDEX = "CREATE INDEX IF NOT EXISTS predictions_by_order ON predictions (order_us)"
+"""Older releases neither make it nor mind it, so the schema keeps its version."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,9 @@ class PredictionLog:
 
     def horizon(self) -> tuple[int, int]:
         """Latest ``order_us`` ever served and the last row number, zeros in an empty log."""
-        row = self._db.execute("SELECT MAX(order_us), MAX(seq) FROM predictions").fetchone()
+        # one MAX a query: SQLite takes two of them from a scan of all rows
+        query = "SELECT (SELECT MAX(order_us) FROM predictions), (SELECT MAX(seq) FROM predictions)"
+        row = self._db.execute(query).fetchone()
         return int(row[0] or 0), int(row[1] or 0)
 
     def last_rows(self) -> tuple[int, int]:
@@ -280,13 +284,14 @@ class PredictionLog:
         targets = self.label_targets([row.prediction_id for row in rows])
         return [(row.seq, targets[row.prediction_id], row) for row in rows]
 
-    def labelled_ids(self, feature_digest: str, after_us: int, before_us: int) -> set[str]:
-        """Ids of the labelled decisions served from a vector, with ``after_us < order_us < before_us``."""
+    def labels_of(self, feature_digest: str, after_us: int, before_us: int) -> dict[str, bool]:
+        """``is_fraud`` by id of the labelled decisions served from a vector, with ``after_us < order_us < before_us``."""
         query = (
-            "SELECT prediction_id FROM feedback JOIN predictions p USING (prediction_id) "
+            "SELECT prediction_id, is_fraud FROM feedback JOIN predictions p USING (prediction_id) "
             "WHERE feature_digest = ? AND p.order_us > ? AND p.order_us < ?"
         )
-        return {row[0] for row in self._db.execute(query, (feature_digest, after_us, before_us))}
+        rows = self._db.execute(query, (feature_digest, after_us, before_us))
+        return {name: bool(is_fraud) for name, is_fraud in rows}
 
     def times_of(self, feature_digest: str, after_us: int, before_us: int) -> dict[str, int]:
         """``order_us`` by id of the decisions served from a vector, with ``after_us < order_us < before_us``."""
@@ -373,6 +378,8 @@ def _open(path: Path, synchronous: str) -> sqlite3.Connection:
         db.execute(f"PRAGMA synchronous={synchronous}")
         db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
         _check_schema(db, path)
+        with db:
+            db.execute(_INDEX)  # a log of an older release gets it here, once
     except (OSError, sqlite3.Error) as error:
         raise _unusable(path, error) from error
     return db

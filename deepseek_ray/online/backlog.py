@@ -25,7 +25,7 @@ class Backlog:
     """Looks at one run again and again; what depends on the champion alone is read once a champion.
 
     Args:
-        config: ``data.label_delay_days`` and ``updater.drift_rows``.
+        config: ``data.label_delay_days``, ``updater.drift_rows``, and of ``update`` what decides who trains.
         paths: the run.
         registry: of its model.
     """
@@ -39,7 +39,8 @@ class Backlog:
         """Labels that an update would train on now.
 
         They came in, are old enough, and are neither counted in the champion nor set aside. Those of the newest days
-        judge and do not train: they wait for later days, and an update for their sake could only fail.
+        judge and do not train: they wait for later days, and an update for their sake could only fail. So would one
+        with fewer rows to train on than ``update.min_labels``: then none waits.
         """
         if not self._paths.prediction_log.exists():
             return 0
@@ -47,14 +48,17 @@ class Backlog:
         with closing(PredictionLog(self._paths.prediction_log, read_only=True)) as log:
             before_us = mature_before(log.horizon()[0], self._config.data.label_delay_days)
             digest = champion.info.schema.feature_digest
-            told = log.labelled_ids(digest, champion.until_us, before_us)
+            told = log.labels_of(digest, champion.until_us, before_us)
             times = log.times_of(digest, champion.trained_us, before_us)
         aside = self._ledger.ids_set_aside()
         days = {name: at // DAY_US for name, at in times.items() if name not in champion.counted and name not in aside}
         if len(distinct := sorted(set(days.values()))) < 2:
             return 0
         judging = tail_start(distinct, self._config.update.holdout_fraction)
-        return len(told - champion.told - aside - {name for name, day in days.items() if day >= judging})
+        late = {name for name in champion.counted.keys() - champion.told - aside if told.get(name)}  # frauds after all
+        if sum(day < judging for day in days.values()) + len(late) < self._config.update.min_labels:
+            return 0
+        return len(told.keys() - champion.told - aside - {name for name, day in days.items() if day >= judging})
 
     def basis(self) -> str:
         """What an update would start from: where this is another one, what the gate refused may be asked again."""

@@ -13,7 +13,7 @@ from deepseek_ray.online.ledger import Counted, Ledger
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema
 from tests.unit.update_parts import NAMES, OLD, make_rows
-from tests.update_run import make_config, serve_days
+from tests.update_run import late_label, make_config, serve_days
 
 SCHEMA = InputSchema(
     columns=NAMES, sequence_len=2, sequence_channels=6, feature_service="risk_default_v1", feature_digest="d"
@@ -71,6 +71,24 @@ def test_the_days_that_judged_wait_for_later_ones(world: tuple[RunPaths, Version
     assert backlog.waiting() == 0  # an update could not split the one day that is left
     serve_days(paths, 5, 1)
     assert 30 <= backlog.waiting() <= 40
+
+
+def test_labels_wait_for_as_many_rows_as_an_update_needs(world: tuple[RunPaths, Versions, Backlog]) -> None:
+    paths, versions, _ = world
+
+    def waiting(min_labels: int) -> int:
+        config = make_config(**{"update.min_labels": min_labels})
+        return Backlog(config, paths, cast(Any, versions)).waiting()
+
+    serve_days(paths, 0, 6)  # two days train, the third judges
+    assert 60 <= waiting(80) <= 80
+    assert waiting(81) == 0  # an update would only say that its rows are too few
+    taken = {f"p{number}": Counted(False, number != 5) for number in range(70)}
+    Ledger(paths.updates).write("2", "1", taken, run_id="r", root_until_us=1)
+    versions.champion, versions.train_end = "2", "1970-03-02"
+    assert (waiting(10) > 0, waiting(11)) == (True, 0)
+    late_label(paths, 5, is_fraud=True)  # taken as genuine, and told by now
+    assert waiting(11) > 0
 
 
 def test_setting_aside_or_a_new_champion_is_another_basis(world: tuple[RunPaths, Versions, Backlog]) -> None:

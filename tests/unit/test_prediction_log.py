@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,3 +156,43 @@ def test_a_log_of_another_release_is_refused(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(EnvironmentProblemError, match="schema version 99"):
         PredictionLog(path)
+
+
+def plans(log: PredictionLog, asked: Callable[[], object]) -> list[str]:
+    """How SQLite goes about what is asked of a log."""
+    queries: list[str] = []
+    log._db.set_trace_callback(queries.append)
+    asked()
+    log._db.set_trace_callback(None)
+    steps = [row for query in queries for row in log._db.execute(f"EXPLAIN QUERY PLAN {query}")]
+    return [text for *_, text in steps if text.startswith(("SCAN", "SEARCH")) and text != "SCAN CONSTANT ROW"]
+
+
+def test_what_is_asked_again_and_again_reads_no_whole_table(tmp_path: Path) -> None:
+    log = PredictionLog(tmp_path / "p.db")
+    log.commit([row(number) for number in range(1, 50)], [label(1), label(2, False)])
+    first = to_us(NOW)
+    by_order = "USING INDEX predictions_by_order (order_us>? AND order_us<?)"
+    assert plans(log, lambda: log.times_of("d", first, first + 9)) == [f"SEARCH predictions {by_order}"]
+    assert plans(log, lambda: log.labels_of("d", first, first + 9))[0] == f"SEARCH p {by_order}"
+    newest = "SEARCH predictions USING COVERING INDEX predictions_by_order"
+    assert plans(log, log.horizon) == [newest, "SEARCH predictions"]
+    assert log.labels_of("d", first, first + 9) == {"p1": True, "p2": False}
+    assert log.times_of("d", first + 1, first + 4) == {"p2": first + 2, "p3": first + 3}
+    log.close()
+
+
+def test_a_log_of_an_older_release_gets_the_index(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    log = PredictionLog(path)
+    log.commit([row(1), row(2)])
+    log.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX predictions_by_order")
+    reader = PredictionLog(path, read_only=True)  # who only reads makes none, and finds the same
+    assert reader.horizon() == (to_us(NOW) + 2, 2)
+    reader.close()
+    again = PredictionLog(path)
+    assert "predictions_by_order" in plans(again, again.horizon)[0]
+    assert again.horizon() == (to_us(NOW) + 2, 2)
+    again.close()
