@@ -285,7 +285,7 @@ class PredictionLog:
         return [(row.seq, targets[row.prediction_id], row) for row in rows]
 
     def labels_of(self, feature_digest: str, after_us: int, before_us: int) -> dict[str, bool]:
-        """``is_fraud`` by id of the labelled decisions served from a vector, with ``after_us < order_us < before_us``."""
+        """``is_fraud`` by id of the labelled decisions of a vector, with ``after_us < order_us < before_us``."""
         query = (
             "SELECT prediction_id, is_fraud FROM feedback JOIN predictions p USING (prediction_id) "
             "WHERE feature_digest = ? AND p.order_us > ? AND p.order_us < ?"

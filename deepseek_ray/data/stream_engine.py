@@ -11,8 +11,8 @@ and written in one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import polars as pl
 
@@ -90,15 +90,22 @@ class StreamEngine:
             raise served
         return served
 
-    def observe_many(self, txs: Sequence[Transaction], *, write: bool = True) -> list[Served | FeatureError]:
+    def observe_many(
+        self, txs: Sequence[Transaction], *, write: bool = True, unread: Mapping[str, int] | None = None
+    ) -> list[Served | FeatureError]:
         """Observe events in order of arrival, with one read and one write of the store.
 
         An event that is stale or whose state is corrupted is not remembered; its error stands in its place. With
         ``write=False`` the new states stay in this process (later calls see them) until :meth:`flush`: log the
         predictions durably in between, and a crash loses nothing that :meth:`restore` cannot bring back.
+        ``unread`` names states that could not be read, with the latest order that each may hold: their events come
+        after it.
         """
         broken: dict[str, FeatureError] = {}
         states = self._load((key for tx in txs for key in self._owner_keys(tx).values()), broken)
+        for key, order_us in (unread or {}).items():
+            if key in states:
+                states[key] = replace(states[key], last_order=max(states[key].last_order, order_us))
         results = [self._take(tx, states, broken) for tx in txs]
         if write:
             self.flush()

@@ -47,8 +47,11 @@ class FeatureState(Protocol):
     def observe_many(self, transactions: Sequence[Transaction]) -> Sequence[Served]:
         """Compute features and take the events into the state, in memory."""
 
+    def fetch_labels(self, targets: Sequence[LabelTarget]) -> None:
+        """Read all that the labels need, in one round trip."""
+
     def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
-        """Take a label into the state, in memory."""
+        """Take a label into the state, in memory; its target was fetched."""
 
     def keep(self) -> None:
         """Make the changes so far final: the log holds them."""

@@ -113,8 +113,12 @@ class DeferredStore(StateMemory):
     def forget(self, probe: str) -> None:
         """Make sure that the store answers, then hold nothing that it may lack."""
         self._store.read_states([probe])
-        self._kept, self._cache = {}, _Cache(self._cache.max_bytes)
-        self.blind = set()  # what is replayed now must be read and written
+        self.clear()
+
+    def clear(self) -> None:
+        """Hold nothing: what is replayed now must be read and written."""
+        self._staged, self._kept, self.blind = {}, {}, set()
+        self._cache = _Cache(self._cache.max_bytes)
 
     def flush(self) -> None:
         """Write what is kept; on an error it stays kept."""

@@ -2,7 +2,8 @@
 
 While the store is away, events are scored from what is in memory; one whose card, terminal or device is not there is
 scored as without history and marked as degraded. The log holds them all: once the store answers again, what it lacks
-is replayed, and only then is it read again.
+is replayed, and only then is it read again. So that each then finds its place at the end of its card's, terminal's and
+device's histories, whatever these hold, such an event comes after all that was ever served.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ logger = get_logger(__name__)
 
 REPLAY_MARGIN = 2_000
 """Rows replayed before the last one known to be in the store: a store that gives up durability for speed
-(SQLite with synchronous=NORMAL) may lose its last commits in a power cut."""
-
+(SQLite with synchronous=NORMAL, Redis with appendfsync=everysec) may lose its last writes when it goes down."""
 
 REPLAY_CHUNK = 2_000
 """Rows of the log read, and their states written, at once."""
@@ -100,10 +100,15 @@ class LiveFeatures:
     def _return(self, probe: str) -> None:
         """Ask the store again; when it answers, replay what it lacks."""
         self._store.forget(probe)
-        assert self._log is not None
-        events, labels = self.replay(self._log, self._log.applied).counts
+        events, labels = self._catch_up()
         self._outage.end()
-        logger.info("the feature store answers again; %d events and %d labels replayed", events, labels)
+        logger.info("the feature store answers again; %d events and %d labels looked at", events, labels)
+
+    def _catch_up(self) -> tuple[int, int]:
+        assert self._log is not None
+        events_done, labels_done = self._log.applied
+        since = max(0, events_done - REPLAY_MARGIN), max(0, labels_done - REPLAY_MARGIN)
+        return self.replay(self._log, since).counts
 
     def _keys(self, of: Transaction | LabelTarget) -> Mapping[str, str]:
         return self._engine.keys_of(of.card_id, of.terminal_id, of.device_id)
@@ -125,7 +130,8 @@ class LiveFeatures:
         """
         served = []
         blind = self._store.blind
-        for tx, item in zip(transactions, self._engine.observe_many(transactions), strict=True):
+        unread = dict.fromkeys(blind, self._log.horizon()[0]) if blind and self._log else None
+        for tx, item in zip(transactions, self._engine.observe_many(transactions, unread=unread), strict=True):
             if isinstance(item, Exception):
                 raise item
             served.append(self._marked(tx, item) if blind else item)
@@ -144,18 +150,17 @@ class LiveFeatures:
         """
         return self._engine.peek(transaction)
 
-    def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
-        """Stage a label; one that the card no longer remembers can count in no feature and is only logged.
+    def fetch_labels(self, targets: Sequence[LabelTarget]) -> None:
+        """Read all that the labels need, in one round trip.
 
         Raises:
-            FeatureError: the store is away; nothing is staged.
+            FeatureError: the store is away.
         """
-        keys = self._keys(target)
-        if not self._reach([*keys.values()]):
+        if not self._reach([key for target in targets for key in self._keys(target).values()]):
             raise FeatureError("Labels wait for the feature store, which is away.", fix="send the label again")
-        self._apply_label(target, is_fraud, known_us)
 
-    def _apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
+    def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
+        """Stage a label; one that the card no longer remembers can count in no feature and is only logged."""
         ids = (target.card_id, target.terminal_id, target.device_id)
         try:
             self._engine.apply_label(*ids, target.order_us, is_fraud, known_us)
@@ -186,15 +191,32 @@ class LiveFeatures:
 
         The log is the truth: an answered event is in it. Events and labels are taken in the order in
         which they were first taken, so that each label gets the position it had. What the store
-        holds already stays as it is: a state remembers the order of its newest event.
+        holds already stays as it is: a state remembers the order of its newest event. A store that is away is
+        brought up to the log when it answers again.
+
+        Raises:
+            EnvironmentProblemError, sqlite3.Error, OSError: the store is away, and has never served: the log is empty.
         """
-        events_done, labels_done = log.applied
-        since = max(0, events_done - REPLAY_MARGIN), max(0, labels_done - REPLAY_MARGIN)
-        return self.replay(log, since).counts
+        self._log = log
+        try:
+            return self._catch_up()
+        except AWAY:
+            if not log.last_rows()[0]:
+                raise
+            self._lose("read")
+            return 0, 0
 
     def replay(self, log: PredictionLog, since: tuple[int, int]) -> Replayed:
         """Take in what the log holds after these row numbers of events and labels; see :meth:`recover`."""
         self._log = log
+        try:
+            return self._replay(log, since)
+        except AWAY:
+            self._store.clear()  # states that hold a part of the log would pass for whole ones
+            self._engine = self._make_engine(self._store)
+            raise
+
+    def _replay(self, log: PredictionLog, since: tuple[int, int]) -> Replayed:
         labels = _chunks(log.labels_after, since[1])
         waiting = next(labels, None)
         last, counts = list(since), [0, 0]
@@ -213,7 +235,7 @@ class LiveFeatures:
         return Replayed((last[0], last[1]), (counts[0], counts[1]))
 
     def _relabel(self, row: LabelRow, rows: Iterator[LabelRow], last: list[int], counts: list[int]) -> LabelRow | None:
-        self._apply_label(row[1], row[2].is_fraud, row[2].known_us)
+        self.apply_label(row[1], row[2].is_fraud, row[2].known_us)
         last[1], counts[1] = row[0], counts[1] + 1
         return next(rows, None)
 

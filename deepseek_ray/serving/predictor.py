@@ -324,6 +324,7 @@ class Predictor:
 
     def _take_labels(self, rows: Sequence[LoggedFeedback], targets: Mapping[str, LabelTarget]) -> None:
         try:
+            self._state.fetch_labels([targets[row.prediction_id] for row in rows])
             for row in rows:
                 self._state.apply_label(targets[row.prediction_id], row.is_fraud, row.known_us)
             _, last = self._commit(feedback=rows)

@@ -168,8 +168,14 @@ class RiskService:
             self.predictor.close()
 
     def _rehearse(self) -> None:
-        """Go a request's way through log and feature store, leaving nothing behind: the first one does not pay."""
+        """Go a request's way through log and feature store, leaving nothing behind: the first one does not pay.
+
+        Raises:
+            EnvironmentProblemError: the store is away at the first start; later ones do without it for a while.
+        """
         self.log.by_transaction([REHEARSAL.transaction_id])
+        if self.features.behind:
+            return
         self.features.last_event_us([REHEARSAL.card_id])
         self.features.peek(REHEARSAL)
 

@@ -82,6 +82,9 @@ class FakeState:
         values = np.array([item.amount_cents, count], float)
         return FakeServed(to_us(item.event_time) + count - 1, values, np.zeros((2, 6)), cold)
 
+    def fetch_labels(self, targets: Sequence[LabelTarget]) -> None:
+        pass
+
     def apply_label(self, target: LabelTarget, is_fraud: bool, known_us: int) -> None:
         self.labels.append((target.prediction_id, is_fraud, known_us))
 

@@ -283,12 +283,15 @@ def test_work_that_fails_leaves_the_features_as_they_were(tmp_path: Path) -> Non
 
 
 class Flaky(MemoryStore):
-    """A store that can be out of reach."""
+    """A store that can be out of reach, at once or after some more reads."""
 
     away = False
+    reads = 0
+    breaks_after = float("inf")
 
     def read_states(self, keys: Sequence[str]) -> list[bytes | None]:
-        if self.away:
+        self.reads += 1
+        if self.away or self.reads > self.breaks_after:
             raise OSError("no route to the store")
         return super().read_states(keys)
 
@@ -372,6 +375,92 @@ def test_a_store_that_cannot_be_written_costs_no_answer_and_no_event(tmp_path: P
     again = service.features.peek(event(99, at_s=9_000.0, card="c1"))
     want = plain.features.peek(event(99, at_s=9_000.0, card="c1"))
     np.testing.assert_array_equal(again.values, want.values)
+
+
+def outage(service: Service) -> None:
+    """From now on nothing is in memory, and each batch asks the store again."""
+    service.features._store.clear()
+    clock = iter(range(0, 10_000, 100))
+    service.features._outage = Outage(lambda: next(clock))
+
+
+def test_an_event_of_an_unknown_history_takes_its_place_after_all_that_was_served(tmp_path: Path) -> None:
+    """Its terminal has seen a later event, and its card one of the same moment: by its own time it would be lost."""
+    store = Flaky()
+    service = Service(tmp_path, store)
+    service.score([event(1, card="c1", at_s=100.0), event(2, card="c2", at_s=130.0)])
+    outage(service)
+    store.away = True
+    early = [event(3, card="c1", at_s=100.0), event(4, card="c3", at_s=90.0), event(5, card="c1", at_s=101.0)]
+    for item in early:
+        assert service.score([item]).predictions[0].degraded
+    store.away = False
+    service.score([event(6, card="c4", at_s=140.0)])
+    rows = service.log._db.execute("SELECT transaction_id, order_us FROM predictions ORDER BY order_us").fetchall()
+    assert [name for name, _ in rows] == ["t1", "t2", "t3", "t4", "t5", "t6"]
+    engine = make_engine(store)
+    keys = engine.keys_of("c1", "m1", "unknown")
+    card, terminal = (engine._load([key])[key].events[0].tolist() for key in (keys["card"], keys["terminal"]))
+    assert terminal == [order for _, order in rows]
+    assert card == [order for name, order in rows if name in ("t1", "t3", "t5")]
+    again = Service(tmp_path, MemoryStore())  # the log alone gives the same
+    assert states_of(again) == store.blobs
+
+
+def test_labels_of_a_request_are_read_in_one_round_trip(tmp_path: Path) -> None:
+    store = Flaky()
+    service = Service(tmp_path, store)
+    ids = play(service, [event(number, card=f"c{number}", terminal_id=f"m{number}") for number in range(4)])
+    service.features._store.clear()
+    store.reads = 0
+    labels = [Feedback(prediction_id=name, is_fraud=True, observed_at=NOW + timedelta(days=1)) for name in ids]
+    assert service.predictor.run([FeedbackCommand(labels)]) == [FeedbackResult(4, 0)]
+    assert store.reads == 1
+
+
+def test_a_service_that_starts_without_its_store_is_made_good_later(tmp_path: Path) -> None:
+    events = stream(40)
+    plain, store = Service(tmp_path / "plain", MemoryStore()), Flaky()
+    play(plain, events[:20])
+    play(Service(tmp_path / "flaky", store), events[:20], flush=False)  # and dies
+    store.away = True
+    started = Service(tmp_path / "flaky", store)
+    assert (started.recovered, started.features.behind) == ((0, 0), True)
+    outage(started)
+    started.features._outage.begin()
+    for item in events[20:30]:
+        plain.score([item])
+        assert started.score([item]).predictions[0].degraded
+    store.away = False
+    play(plain, events[30:])
+    play(started, events[30:])
+    assert not started.features.behind
+    assert store.blobs == states_of(plain)
+
+
+def test_a_first_start_without_the_store_is_refused(tmp_path: Path) -> None:
+    store = Flaky()
+    store.away = True
+    with pytest.raises(OSError, match="no route"):
+        Service(tmp_path, store).features.peek(event(1))
+
+
+def test_a_store_that_leaves_again_during_the_replay_leaves_no_half_history(tmp_path: Path) -> None:
+    events = stream(40)
+    store = Flaky()
+    service = Service(tmp_path / "flaky", store)
+    play(service, events[:20])
+    outage(service)
+    store.away = True
+    for item in events[20:30]:
+        assert service.score([item]).predictions[0].degraded
+    store.away, store.reads, store.breaks_after = False, 0, 6  # the probe and some of the replay
+    store.blobs.clear()
+    assert service.score([events[30]]).predictions[0].degraded
+    assert service.features.behind
+    store.breaks_after = float("inf")
+    service.score(events[31:])
+    assert store.blobs == states_of(Service(tmp_path / "flaky", MemoryStore()))
 
 
 def states_of(service: Service) -> dict[str, bytes]:
