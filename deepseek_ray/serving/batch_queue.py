@@ -109,6 +109,13 @@ class BatchQueue(Generic[T]):
             self._running = (weight, now_s)
         return batch, late
 
+    def drain(self) -> list[T]:
+        """Take out all that waits, for good."""
+        items = [entry.item for entry in self._waiting]
+        self._waiting.clear()
+        self.queued = 0
+        return items
+
     def finished(self, now_s: float) -> None:
         """The batch that ran is done, the work after it too."""
         if self._running is not None:

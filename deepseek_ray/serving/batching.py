@@ -76,6 +76,7 @@ class Batcher(Generic[Item, Result]):
         )
         self._wake = threading.Condition()
         self._closed = False
+        self._busy_with: Sequence[_Waiting[Item, Result]] = ()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -113,11 +114,23 @@ class Batcher(Generic[Item, Result]):
         return await waiting.future
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Finish what waits, refuse what comes, stop the worker."""
+        """Finish what waits, refuse what comes, stop the worker; what a worker that hangs leaves undone is refused."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._give_up(timeout_s)
+
+    def _give_up(self, after_s: float) -> None:
+        with self._wake:
+            left = [*self._busy_with, *self.queue.drain()]
+        logger.error("the batch worker has not ended after %g s; %d calls are refused", after_s, len(left))
+        error = OverloadedError(
+            "The service is shutting down and has not come to an answer.",
+            fix="retry against the next instance under the same ids: what was done already is recognised",
+        )
+        _finish(left, [error] * len(left))
 
     def _refused(self, refusal: Refusal, entry: Entry[_Waiting[Item, Result]], now_s: float) -> OverloadedError:
         if refusal.reason == "queue_full":
@@ -151,6 +164,7 @@ class Batcher(Generic[Item, Result]):
                 return None
             now_s = time.perf_counter()
             batch, late = self.queue.take(now_s)
+            self._busy_with = [entry.item for entry in batch]
         if late:
             _finish([entry.item for entry in late], [_expired(entry, now_s) for entry in late])
         return [entry.item for entry in batch]

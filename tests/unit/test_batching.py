@@ -115,6 +115,26 @@ def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:
     asyncio.run(story())
 
 
+def test_a_worker_that_hangs_keeps_no_caller_waiting_once_the_batcher_is_closed() -> None:
+    work = Work()
+    batcher = Batcher[int, int](work, max_batch_size=1, max_queued=8)
+
+    async def story() -> list[int | BaseException]:
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(work.started.wait, 10)
+        rest = [asyncio.create_task(batcher.submit(item)) for item in (1, 2)]
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(batcher.close, 0.05)
+        return await asyncio.wait_for(asyncio.gather(first, *rest, return_exceptions=True), 5)
+
+    answers = asyncio.run(story())
+    assert [type(answer) for answer in answers] == [OverloadedError] * 3
+    assert "same ids" in str(answers[0])
+    work.gate.set()  # it comes round after all: what was refused is not done
+    batcher.close()
+    assert (work.batches, batcher.queued) == ([[0]], 0)
+
+
 def test_work_after_a_batch_runs_after_the_answers_and_may_fail() -> None:
     after: list[str] = []
 
