@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepseek_ray.data.log_follower import Decided, LogFollower
-from deepseek_ray.serving.guard import Record, StepRecord
+from deepseek_ray.serving.guard import Record, Room, StepRecord
 from deepseek_ray.serving.traffic import Split, TrafficPolicy
 
 CHAMPION = "champion"
@@ -55,7 +55,8 @@ class ArmEvidence:
 
     def _forget(self) -> None:
         aliases = {CHAMPION, *(arm.alias for step in self._steps for arm in step.arms)}
-        self._records = [{alias: Record() for alias in aliases} for _ in self._steps]
+        rooms = [Room() for _ in self._steps]
+        self._records = [{alias: Record(room=room) for alias in aliases} for room in rooms]
 
     def _record_of(self, row: Decided) -> Record | None:
         """Where a row counts; None for one that came before, or that its own arm did not answer."""

@@ -27,6 +27,26 @@ MIN_CARDS = 100
 """Cards behind the scores that are compared: one card's scores resemble each other."""
 KEPT_SCORES = 5_000
 TESTS = ("errors", "missed_fraud", "false_alarm")
+MAX_BAD_CARDS = 50_000
+"""Cards with a mistake that a step notes of each kind, all its records together: about 10 MB."""
+
+
+class Room:
+    """How many more cards the records of one step may note.
+
+    They share it, so that all stop at once: the test stays where it stood, which an always-valid one may. Were each to
+    stop at a bound of its own, the smaller side would go on, and seem to be worse.
+    """
+
+    def __init__(self, most: int = MAX_BAD_CARDS) -> None:
+        self._left = dict.fromkeys(TESTS[1:], most)
+
+    def take(self, kind: str) -> bool:
+        """Whether there is room for one more card with this kind of mistake, which then is taken."""
+        if not self._left[kind]:
+            return False
+        self._left[kind] -= 1
+        return True
 
 
 @dataclass
@@ -36,7 +56,8 @@ class Record:
     Attributes:
         scores: newest probabilities.
         cards: the first cards, as many as are needed to believe the scores.
-        bad_cards: by kind of mistake, the cards that met it.
+        bad_cards: by kind of mistake, the cards that met it, as many as there is room for.
+        room: shared by the records of a step.
     """
 
     decisions: int = 0
@@ -46,6 +67,7 @@ class Record:
     scores: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_SCORES))
     cards: set[str] = field(default_factory=set)
     bad_cards: dict[str, set[str]] = field(default_factory=lambda: {"missed_fraud": set(), "false_alarm": set()})
+    room: Room = field(default_factory=Room)
 
     def decided(self, row: Decided) -> None:
         """Count a decision."""
@@ -60,7 +82,10 @@ class Record:
         self.labels += 1
         self.frauds += row.is_fraud
         if row.is_fraud != row.decided.review:
-            self.bad_cards["missed_fraud" if row.is_fraud else "false_alarm"].add(row.decided.card_id)
+            kind = "missed_fraud" if row.is_fraud else "false_alarm"
+            card = row.decided.card_id
+            if card not in self.bad_cards[kind] and self.room.take(kind):
+                self.bad_cards[kind].add(card)
 
 
 @dataclass

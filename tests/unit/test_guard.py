@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_ray.data.log_follower import Decided, Labelled
 from deepseek_ray.serving.arm_metrics import CallCounts
-from deepseek_ray.serving.guard import Record, StepRecord, Verdict, judge
+from deepseek_ray.serving.guard import Record, Room, StepRecord, Verdict, judge
 from deepseek_ray.serving.traffic import Limits
 
 LIMITS = Limits()
@@ -84,6 +84,18 @@ def test_a_card_is_counted_once_for_all_its_frauds() -> None:
     for number in range(50):
         unlucky.labelled(Labelled(Decided(f"p{number}", "c1", "2", 0.1, False, number), True))
     assert (unlucky.labels, unlucky.frauds, len(unlucky.bad_cards["missed_fraud"])) == (50, 50, 1)
+
+
+def test_a_full_step_notes_no_more_cards_on_either_side() -> None:
+    room = Room(100)
+    arm, champion = Record(room=room), Record(room=room)
+    for number in range(1_000):  # the arm's share is a fifth, and it is no worse
+        side = arm if number % 5 == 0 else champion
+        side.labelled(Labelled(Decided(f"p{number}", f"c{number}", "1", 0.1, False, number), True))
+    assert [len(side.bad_cards["missed_fraud"]) for side in (arm, champion)] == [20, 80]
+    assert judge([StepRecord(0.2, arm, champion)], CALM, CALM, LIMITS).cause == ""
+    arm.labelled(Labelled(Decided("p", "c0", "1", 0.9, True, 0), False))
+    assert len(arm.bad_cards["false_alarm"]) == 1  # the other kind has a room of its own
 
 
 def test_at_one_hundred_percent_scores_are_compared_with_the_champions_last_ones() -> None:

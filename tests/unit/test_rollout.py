@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 
 from deepseek_ray.data.events import Feedback, to_us
 from deepseek_ray.errors import RegistryUnavailableError
+from deepseek_ray.serving import arm_evidence
+from deepseek_ray.serving.arm_evidence import ArmEvidence
 from deepseek_ray.serving.arm_metrics import ArmMetrics, ArmTally
 from deepseek_ray.serving.arms import LiveArm
 from deepseek_ray.serving.commands import FeedbackCommand, FeedbackResult, ScoreCommand, ScoreResult
+from deepseek_ray.serving.guard import Room
 from deepseek_ray.serving.rollout import Rollout
 from deepseek_ray.serving.traffic import Arm, Limits, Schedule, TrafficPolicy
 from tests.unit.registry_parts import FakeRegistry
@@ -148,6 +152,18 @@ def test_missed_frauds_take_the_traffic_back_and_the_old_answers_stay(trial: Tri
     shown = trial.monitor.render()
     assert b'traffic_moves_total{action="rollback",cause="quality"} 1.0' in shown
     assert b'arm_mistaken_cards{arm="canary",kind="missed_fraud",version="2"} 50.0' in shown
+
+
+def test_the_records_of_a_step_fill_one_room(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arm_evidence, "Room", partial(Room, 40))
+    trial.label([ident for _, ident in trial.score(300)], is_fraud=True)
+    evidence = ArmEvidence(trial.policy, "1", trial.log.path)
+    evidence.read()
+    (step,) = evidence.steps("canary")
+    both = [len(side.bad_cards["missed_fraud"]) for side in (step.arm, step.champion)]
+    assert sum(both) == 40
+    assert min(both) > 5
+    assert step.arm.labels + step.champion.labels == 300
 
 
 def test_the_evidence_survives_a_restart(trial: Trial) -> None:
