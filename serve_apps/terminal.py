@@ -13,7 +13,7 @@ from deepseek_ray import cli
 from deepseek_ray.config import Config, ServingConfig
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.auth import load_key
-from deepseek_ray.serving.keys import file_of, generate_key
+from deepseek_ray.serving.keys import file_of, generate_key, hashed
 from deepseek_ray.settings import Purpose
 from serve_apps import head, ingress
 
@@ -39,12 +39,15 @@ def settings_of(options: argparse.Namespace, purpose: Purpose = "use") -> tuple[
 
 
 def api_key(serving: ServingConfig, paths: RunPaths, *, generate: bool) -> str:
-    """The environment's key, "" where only the file of keys holds some, or a fresh one, printed."""
+    """The environment's key or a fresh one, which is printed; "" where only the file of keys holds some.
+
+    Hashed: Serve keeps what a replica is made with, in the controller's checkpoints too.
+    """
     if not generate:
-        return load_key(serving.api_key_env, file_of(paths.root, serving.api_keys_file))
+        return hashed(load_key(serving.api_key_env, file_of(paths.root, serving.api_keys_file)))
     key = generate_key()
     print(f"API key: {key}", flush=True)
-    return key
+    return hashed(key)
 
 
 def with_ports(config: Config) -> Config:

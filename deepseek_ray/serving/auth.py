@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepseek_ray.errors import EnvironmentProblemError, OverloadedError, RequestError
 from deepseek_ray.logs import get_logger
-from deepseek_ray.serving.keys import SCOPES, KeyRecord, Scope, digest, read_keys
+from deepseek_ray.serving.keys import SCOPES, KeyRecord, Scope, digest, digest_of, read_keys
 from deepseek_ray.serving.rate import TokenBucket
 
 logger = get_logger(__name__)
@@ -44,7 +44,7 @@ class Keyring:
     of its guess, which it cannot steer.
 
     Args:
-        key: the environment's key, "" for none.
+        key: the environment's key, or what ``keys.hashed`` made of it; "" for none.
         file: digests of further keys; read again when it changes.
         rate: records a second for keys that have no rate of their own; 0 for no limit.
         burst_s: seconds of a rate that may come at once.
@@ -67,7 +67,7 @@ class Keyring:
         self._clock_s, self._now_s = clock_s, now_s
         self._own: dict[bytes, Grant] = {}
         if key:
-            self._own[digest(key.encode("utf-8"))] = Grant(len(SCOPES) - 1, math.inf, self._bucket(None))
+            self._own[digest_of(key)] = Grant(len(SCOPES) - 1, math.inf, self._bucket(None))
         self._known = dict(self._own)
         self._looked_s = -math.inf
         self._stamp: tuple[int, ...] = ()

@@ -8,6 +8,7 @@ slow hash would cost every request what it costs an attacker.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,20 @@ def generate_key() -> str:
 def digest(key: bytes) -> bytes:
     """What is kept of a key."""
     return hashlib.sha256(key).digest()
+
+
+_HASHED = re.compile(r"sha256:([a-f0-9]{64})")
+
+
+def hashed(key: str) -> str:
+    """A key's digest in words, for whoever passes a key on: what Ray is told, it keeps and copies. "" for no key."""
+    return f"sha256:{digest(key.encode()).hex()}" if key else ""
+
+
+def digest_of(key: str) -> bytes:
+    """The digest of a key, or the one that :func:`hashed` has made of it."""
+    found = _HASHED.fullmatch(key)
+    return bytes.fromhex(found[1]) if found else digest(key.encode())
 
 
 def file_of(run: Path, named: str) -> Path:

@@ -90,7 +90,7 @@ def open_app(
         target: a :class:`Target` as a mapping.
         settings: a ``Config`` as a mapping.
         device: ``auto``, ``cpu`` or ``cuda``.
-        key: the environment's API key, "" where the file of keys holds others.
+        key: the environment's API key, hashed, "" where the file of keys holds others.
         key_file: path of the file of keys, "" for none.
     """
     from deepseek_ray.serving.auth import Keyring

@@ -71,7 +71,7 @@ class RiskService:
 
     Args:
         paths: the run whose registry, feature store and log are used.
-        key: the environment's API key, "" where the file of keys holds others.
+        key: the environment's API key or what ``keys.hashed`` made of it, "" where the file of keys holds others.
         registry: the registry, open, or what opens it: it may be away while a last good version is kept.
         store: where feature states live.
         declaration: the feature declaration that the store's run was set up with.
@@ -297,7 +297,7 @@ def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:
     Args:
         run: run folder.
         settings: a ``Config`` as a mapping.
-        key: the API key.
+        key: the API key, hashed.
     """
     config = Config.model_validate(settings)
     paths = RunPaths(Path(run)).create()

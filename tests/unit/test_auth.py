@@ -9,7 +9,7 @@ import pytest
 
 from deepseek_ray.errors import EnvironmentProblemError, OverloadedError, RequestError
 from deepseek_ray.serving.auth import Keyring, load_key
-from deepseek_ray.serving.keys import add_key, revoke_key
+from deepseek_ray.serving.keys import add_key, hashed, revoke_key
 
 KEY = "sixteen-chars-or-more"
 Headers = list[tuple[bytes, bytes]]
@@ -71,6 +71,13 @@ def test_any_other_is_refused_with_401(headers: Headers, kind: str) -> None:
 
 def test_the_object_does_not_hold_the_key() -> None:
     assert KEY not in repr(vars(Keyring(KEY)))
+
+
+def test_a_hashed_key_opens_to_the_key_and_not_to_itself() -> None:
+    keys = Keyring(hashed(KEY))
+    keys.check([(b"x-api-key", KEY.encode())], "admin")
+    assert refusal(keys, [(b"x-api-key", hashed(KEY).encode())]) == (401, "wrong-api-key")
+    assert hashed("") == ""
 
 
 def test_scopes_contain_each_other(tmp_path: Path) -> None:

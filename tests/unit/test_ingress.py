@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from deepseek_ray.config import build_config
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, ModelFormatError, RegistryUnavailableError
 from deepseek_ray.paths import RunPaths
+from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.keys import add_key
 from serve_apps import ingress, model, risk, serve, terminal
 from tests.certificate import make_certificate
@@ -104,6 +105,17 @@ def test_tls_takes_both_files_seen_from_the_run(tmp_path: Path) -> None:
 def test_a_file_of_keys_replaces_the_variable(tmp_path: Path) -> None:
     add_key(tmp_path / "api_keys.json", "gateway")
     assert terminal.api_key(build_config().serving, RunPaths(tmp_path), generate=False) == ""
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_what_ray_is_told_of_the_key_is_its_digest(
+    generate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_RAY_API_KEY", "a-key-for-the-tests-only")
+    told = terminal.api_key(build_config().serving, RunPaths(tmp_path), generate=generate)
+    key = capsys.readouterr().out.removeprefix("API key: ").strip() or "a-key-for-the-tests-only"
+    assert key not in told
+    Keyring(told).check([(b"x-api-key", key.encode())], "admin")
 
 
 def _pem(key: Path, password: bytes) -> bytes:
