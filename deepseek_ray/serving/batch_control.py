@@ -132,11 +132,12 @@ class BatchControl:
 
     Attributes:
         cap: items that a batch may hold now.
+        objective_s: as given.
     """
 
     def __init__(self, max_batch_size: int, objective_s: float = 0.0, buckets: Sequence[int] = ()) -> None:
         self._max = max_batch_size
-        self._objective_s = objective_s
+        self.objective_s = objective_s
         self._buckets = tuple(sorted(set(buckets)))
         self._time = ServiceTime()
         self._rate, self._arrived_s = 0.0, 0.0
@@ -155,7 +156,7 @@ class BatchControl:
     def observe(self, size: int, seconds: float) -> None:
         """Take in that a batch of ``size`` items kept the worker busy for ``seconds``; moves the cap."""
         self._time.observe(self.padded(size), seconds)
-        if self._objective_s and self.knows:
+        if self.objective_s and self.knows:
             self.cap = self._best()
 
     def arrived(self, weight: int, now_s: float) -> None:
@@ -178,8 +179,8 @@ class BatchControl:
     def _margin(self) -> float:
         """What a slow batch takes, over the mean: not more than the objective leaves for a batch of the cap."""
         bound = MAX_MARGIN
-        if self._objective_s and (mean_s := self.batch_s(self.cap)):
-            bound = min(self._objective_s / mean_s - 1.0, bound)
+        if self.objective_s and (mean_s := self.batch_s(self.cap)):
+            bound = min(self.objective_s / mean_s - 1.0, bound)
         return max(min(self._time.ratios.quantile(IN_TIME), bound), 1.0)
 
     def finish_s(self, left_s: float, ahead: int, weight: int) -> float:
@@ -204,7 +205,7 @@ class BatchControl:
         kept_rate = rate = 0.0
         for size in self._sizes:
             mean_s = self.batch_s(size)
-            share = self._time.ratios.within(self._objective_s / mean_s - 1.0)
+            share = self._time.ratios.within(self.objective_s / mean_s - 1.0)
             if share * size / mean_s > rate:
                 most, rate = size, share * size / mean_s
             if share >= IN_TIME:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,12 +114,18 @@ def _tagged_threshold(info: VersionInfo) -> float:
     return value
 
 
-def warm_up(model: RiskModel) -> None:
-    """Score and explain once, so that the first request does not pay for it."""
+def warm_up(model: RiskModel, buckets: Sequence[int] = ()) -> None:
+    """Score and explain batches of each size that will come, so that no request pays for a shape's first time.
+
+    Args:
+        model: is to serve.
+        buckets: sizes that batches are padded to; without them any size will come, and one stands for all.
+    """
     config = model.config
-    values = np.zeros((2, len(config.feature_names)))
-    sequence = np.zeros((2, config.sequence_len, 6))
-    sequence[:, :, 1] = -1.0
-    for _ in range(3):
-        model.predict_proba(values, sequence)
-        model.attribute(values, sequence)
+    for rows in buckets or (2,):
+        values = np.zeros((rows, len(config.feature_names)))
+        sequence = np.zeros((rows, config.sequence_len, 6))
+        sequence[:, :, 1] = -1.0
+        for _ in range(3):
+            model.predict_proba(values, sequence)
+            model.attribute(values, sequence)

@@ -68,6 +68,7 @@ class Predictor:
 
     Attributes:
         plan: the champion and the arms beside it.
+        buckets: sizes that batches are padded to, ascending.
         witness: shown each batch of logged rows, on the worker's thread: it must not block or raise.
         archived: last row number that the archive holds; the vectors up to there are dropped, some after each batch.
 
@@ -95,7 +96,7 @@ class Predictor:
         self._log = log
         self._monitor = monitor
         self._skew_us = skew_us
-        self._buckets = tuple(sorted(set(buckets)))
+        self.buckets = tuple(sorted(set(buckets)))
         self._now_us = now_us
         self._horizon_us, last = log.horizon()
         self._applied = log.applied
@@ -268,9 +269,9 @@ class Predictor:
         self, live: LiveModel, values: FloatArray, sequence: FloatArray
     ) -> tuple[FloatArray, list[tuple[Reason, ...]]]:
         with self._monitor.timed("model"):
-            probability = padded(live.scorer.predict_proba, values, sequence, self._buckets)
+            probability = padded(live.scorer.predict_proba, values, sequence, self.buckets)
         with self._monitor.timed("reasons"):
-            return probability, explain(live, values, sequence, probability, self._buckets)
+            return probability, explain(live, values, sequence, probability, self.buckets)
 
     def _row(self, event: Transaction, served: Served, outcome: Outcome, received_s: float) -> LoggedPrediction:
         live, probability, reasons = outcome

@@ -119,7 +119,7 @@ class RiskService:
             handover.prepare(paths, self._wanted(contract, before))
         self.features = LiveFeatures(handover.engine_maker(self._declaration, contract), self._store)
         self.recovered = self.features.recover(self.log)
-        warm_up(model)
+        warm_up(model, config.batch_buckets)
         self._rehearse()
         live = to_live(info, model, self.log.threshold(info.version))
         skew_us = round(config.max_future_skew_s * 1e6)

@@ -250,7 +250,7 @@ class RegistryWatcher(Periodic):
 
     def _live(self, info: VersionInfo, model: RiskModel) -> LiveModel:
         live = to_live(info, model, self._hooks.threshold(info.version))
-        warm_up(model)
+        warm_up(model, self._predictor.buckets)
         return live
 
     def _show(self, policy: TrafficPolicy) -> None:

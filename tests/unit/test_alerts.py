@@ -19,6 +19,8 @@ from deepseek_ray.online.drift_report import judge_drift
 from deepseek_ray.online.loop import State
 from deepseek_ray.online.loop import _metrics as updater_metrics
 from deepseek_ray.serving.arm_metrics import ArmMetrics
+from deepseek_ray.serving.batch_control import BatchControl
+from deepseek_ray.serving.batch_queue import BatchQueue
 from deepseek_ray.serving.monitor import Monitor
 from tests.unit.drift_rows import baseline, live, span
 from tests.unit.test_drift_report import CONFIG, NEWEST
@@ -117,6 +119,19 @@ def test_every_subject_has_its_alert_and_every_alert_a_summary_and_a_severity() 
     for rule in rules():
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"]
+
+
+def test_the_latency_alert_compares_with_the_objective_that_is_set() -> None:
+    (rule,) = [rule for rule in rules() if rule["alert"] == "RiskLatencyObjective"]
+    expression = parsed(rule["expr"])
+    latency, bound = (list(selectors(side)) for side in (expression.lhs, expression.rhs))
+    assert [one.name for one in latency] == ["deepseek_ray_http_latency_seconds_bucket"]
+    assert [one.name for one in bound] == ["deepseek_ray_latency_objective_seconds"]
+    assert "> 0)" in rule["expr"]  # no objective, no alert
+    for objective_s in (0.0, 0.025):
+        monitor = Monitor()
+        monitor.watch_queue(BatchQueue(BatchControl(64, objective_s), 100))
+        assert monitor.registry.get_sample_value("deepseek_ray_latency_objective_seconds") == objective_s
 
 
 def test_panels_do_not_overlap() -> None:
