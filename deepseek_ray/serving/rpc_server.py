@@ -34,7 +34,11 @@ MAX_TIMEOUT_S = 600.0
 NOWHERE = "/v1/"
 """A path that no route has."""
 _ROOM = 64 << 10
-"""Bytes of a message beside its payload: a body over the limit still reaches the route, which says so."""
+"""Bytes of a message beside its payload: a body over the limit still reaches the route, which says so.
+
+Anything larger gRPC refuses by its length, before it is read: RESOURCE_EXHAUSTED without our metadata. To let it in for
+a better word would let everybody fill the memory.
+"""
 
 
 class RpcServer:

@@ -138,6 +138,28 @@ def test_other_languages_see_grpcs_own_status_codes(service: Served) -> None:
         assert "JSON" in wrong.value.details()
 
 
+def test_a_message_that_is_too_large_to_read_is_refused_by_grpc_and_harms_no_other_call(service: Served) -> None:
+    with grpc.insecure_channel(service.rpc_address) as channel:
+        call = channel.unary_unary(
+            rpc.CALL,
+            request_serializer=rpc.CallRequest.SerializeToString,
+            response_deserializer=rpc.CallReply.FromString,
+        )
+
+        def refused(size: int) -> tuple[grpc.StatusCode, dict[str, Any]]:
+            request = rpc.CallRequest(method="risk.score", payload=b"x" * size)
+            with pytest.raises(grpc.RpcError) as error:
+                call(request, timeout=5, metadata=(("x-api-key", KEY),))
+            return error.value.code(), dict(error.value.trailing_metadata() or ())
+
+        code, said = refused(20_001)  # the route says it
+        assert (code, said[rpc.STATUS_KEY]) == (grpc.StatusCode.INVALID_ARGUMENT, "413")
+        code, said = refused(20_000 + (64 << 10))
+        assert (code, rpc.STATUS_KEY in said) == (grpc.StatusCode.RESOURCE_EXHAUSTED, False)
+        answer = call(rpc.CallRequest(method="risk.model"), timeout=5, metadata=(("x-api-key", KEY),))
+        assert b"model_version" in answer.payload
+
+
 def test_a_deadline_ends_the_call_and_what_waits_is_not_done(made: Rig, service: Served) -> None:
     gate = threading.Event()
     model = made.predictor.live.scorer
