@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from deepseek_ray.cli import main
@@ -29,6 +30,7 @@ from deepseek_ray.serving import drift_watch
 from deepseek_ray.serving import service as service_module
 from deepseek_ray.serving.service import REHEARSAL, Reopening, RiskService, open_app
 from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run, register_version
+from tests.stores import redis_server
 from tests.unit.test_prediction_log import row
 
 KEY = "a-key-for-the-tests"
@@ -82,7 +84,7 @@ def test_one_service_at_a_time_has_a_run(service: RiskService, run: ServedRun, m
     make_service(run, run.registry).close()  # neither a service that has closed nor one that failed keeps it
 
 
-def _fails(model: object) -> None:
+def _fails(*_: object) -> None:
     raise RuntimeError("cannot warm up")
 
 
@@ -147,6 +149,39 @@ def test_with_the_registry_away_the_last_good_version_starts_and_follows_it_agai
     second.watcher.check()
     assert asyncio.run(scored(second, []))[-1]["fallback"] == ""
     second.close()
+
+
+@pytest.mark.slow
+def test_with_the_feature_store_away_a_service_starts_degraded_and_catches_up(tmp_path: Path) -> None:
+    (tmp_path / "redis").mkdir()
+    with redis_server(tmp_path / "redis") as redis:
+        run = make_run(tmp_path / "run", customers=30, days=20, future_days=2, online_store=redis.url)
+
+        def start() -> RiskService:
+            store = FeatureClient(run.paths, redis.url)
+            serving = ServingConfig(compact_every_s=0)
+            return RiskService(
+                run.paths, run.registry, store, store.declaration(), serving, KEY, online_store=redis.url
+            )
+
+        (server,) = (child for child in psutil.Process().children() if child.name().startswith("redis"))
+        server.suspend()
+        with pytest.raises(EnvironmentProblemError, match=r"stores\.online_store"):
+            start()  # it has never served: the setting is wrong, for all that is known
+        server.resume()
+        first = start()
+        asyncio.run(scored(first, events(0, 5)))
+        first.close()
+        server.suspend()
+        second = start()
+        blind, _ = asyncio.run(scored(second, events(10, 1)))
+        assert (blind["degraded"], blind["cold"]) == (True, [])
+        server.resume()
+        time.sleep(1.1)  # it is asked again a second later
+        seen, _ = asyncio.run(scored(second, events(11, 1)))
+        assert (seen["degraded"], seen["cold"], second.features.behind) == (False, [], False)
+        second.close()
+    assert differences(run, "default") == (6, 0)
 
 
 def promote_vector(run: ServedRun, vector: str) -> str:
