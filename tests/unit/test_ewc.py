@@ -21,8 +21,8 @@ from deepseek_ray.online.replay import Reservoir
 from deepseek_ray.online.strategy import Material
 from deepseek_ray.online.updater import remember
 from deepseek_ray.train.step import Recipe
-from tests.unit.test_strategy import NAMES, challenger, champion, memory  # noqa: F401 - fixtures
-from tests.unit.test_updater import TRAIN
+from tests.unit.test_strategy import challenger, champion, memory  # noqa: F401 - fixtures
+from tests.unit.update_parts import NAMES, TRAIN
 
 RATE = 0.25
 """Share of genuine rows in the loss."""
