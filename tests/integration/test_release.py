@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -127,15 +128,16 @@ QUICK = {
     },
 }  # fmt: skip
 GIVE_UP_S = 120.0
+PAST_DAYS = 6
 
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServedRun:
     """A champion with features from the store, and rows to replay; what comes after them is for the test to send."""
     monkeypatch.setattr(shadow_trial.ShadowTrial.__init__, "__defaults__", (0.2,))
-    end = str((datetime.now(UTC) - timedelta(days=5)).date() - timedelta(days=1))
+    end = str((datetime.now(UTC) - timedelta(days=PAST_DAYS + 1)).date())
     monkeypatch.setattr(served_run, "LINEAGE", replace(served_run.LINEAGE, train_end=end))
-    run = served_run.make_run(tmp_path / "run", customers=120, days=20, future_days=4)
+    run = served_run.make_run(tmp_path / "run", customers=80, days=20, future_days=PAST_DAYS)
     made = compute(run.history, load().vector("default"), label_delay_days=DELAY_DAYS, sequence_len=SEQUENCE_LEN)
     label = run.history["is_fraud"].fill_null(0).to_numpy()
     card = run.history["card_id"].to_numpy()
@@ -172,15 +174,11 @@ class Client:
         return [answer.json() for answer in answers]
 
     def score(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        import asyncio
-
         answers = asyncio.run(self.send("/v1/risk/score", bodies))
         self.versions.update(answer["model_version"] for answer in answers)
         return answers
 
     def label(self, ids: list[str], frauds: list[bool]) -> None:
-        import asyncio
-
         at = datetime.now(UTC).isoformat()
         bodies = [
             {"prediction_id": one, "is_fraud": bad, "observed_at": at} for one, bad in zip(ids, frauds, strict=True)
