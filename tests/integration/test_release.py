@@ -274,7 +274,8 @@ def test_an_update_becomes_champion_by_way_of_shadow_and_canary_while_traffic_fl
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_canary_that_scores_otherwise_is_taken_back_and_its_labels_wait_again(served: ServedRun) -> None:
-    config, registry, paths = build_config(QUICK, overrides={"release.shadow_s": 0.0}), served.registry, served.paths
+    at_once = {"release.shadow_s": 0.0, "release.min_decisions": 10_000}  # there is time to compare scores
+    config, registry, paths = build_config(QUICK, overrides=at_once), served.registry, served.paths
     limit(registry, max_psi=0.05, min_scores=200, max_latency_ms=10_000.0)
     service = make_service(served)
     client = Client(service)
