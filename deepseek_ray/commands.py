@@ -9,11 +9,9 @@ from typing import Any
 
 from deepseek_ray.cli import settings_of
 from deepseek_ray.config import GateConfig
-from deepseek_ray.data.evidence import Evidence, VectorContract
-from deepseek_ray.errors import RegistryError
 from deepseek_ray.lineage import trace
-from deepseek_ray.online import gate
-from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, TrafficBook, TrafficMove, VersionInfo
+from deepseek_ray.online.recorded import decide_again
+from deepseek_ray.registry import CHAMPION, AuditEntry, Registry, TrafficBook, TrafficMove
 
 EXIT_ALARM = 3
 """Exit status of ``drift`` when a bound is passed: 1 is a crash, 2 an error."""
@@ -75,10 +73,9 @@ def promote_version(registry: Registry, version: str, bounds: GateConfig) -> Non
         GateRefusedError: the gate refuses.
         RegistryError: there is no such version, or it was never measured.
     """
-    challenger = registry.get(version)
     champion = registry.version_of(CHAMPION)
-    rival = _rival(challenger, registry.get(champion)) if champion else None
-    info = registry.promote(challenger.version, gate.decide(rival, _evidence(challenger), bounds))
+    decision = decide_again(registry, version, bounds)
+    info = registry.promote(decision.version, decision)
     print(f"champion: version {info.version} (before: {champion or 'none'})")
 
 
@@ -151,28 +148,6 @@ def open_registry(options: argparse.Namespace) -> Registry:
     """The registry of the run that the options name."""
     config, paths = settings_of(options)
     return Registry.open(paths, config.stores, name=config.model_name, create=False)
-
-
-def _evidence(info: VersionInfo) -> Evidence:
-    """The numbers that the gate last saw of a version, from its tag."""
-    found = _recorded(info, "challenger")
-    if found is None:
-        raise RegistryError(
-            f"Version {info.version} of {info.name!r} was never measured for the gate.",
-            fix="run deepseek-ray update, which measures, decides and promotes",
-        )
-    return found
-
-
-def _rival(challenger: VersionInfo, champion: VersionInfo) -> Evidence:
-    """The champion's numbers on the challenger's rows, where it was compared with this champion; else its own."""
-    found = _recorded(challenger, "champion")
-    return found if found and found.version == champion.version else _evidence(champion)
-
-
-def _recorded(info: VersionInfo, side: str) -> Evidence | None:
-    found = json.loads(info.tags.get("gate.decision", "{}")).get("evidence", {}).get(side)
-    return Evidence(**{**found, "contract": VectorContract(**found["contract"])}) if found else None
 
 
 def _plain(entry: AuditEntry) -> dict[str, Any]:

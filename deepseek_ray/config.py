@@ -127,6 +127,26 @@ class UpdateConfig(Section):
     derpp_alpha: float = Field(0.1, ge=0, description="of the squared distance to the log-odds stored with old rows")
     lora_rank: int = Field(8, ge=1, description="of the adapters on the linear layers")
     lora_alpha: float = Field(16.0, gt=0, description="adapters count alpha / rank times")
+    release: Literal["direct", "canary"] = Field(
+        "direct", description="what the gate passed becomes champion at once, or by way of shadow and canary"
+    )
+
+
+class ReleaseConfig(Section):
+    """How a version goes live where ``update.release`` is canary; times and decisions are both waited for."""
+
+    shadow_s: float = Field(3_600.0, ge=0, allow_inf_nan=False, description="least time as shadow; 0: no shadow")
+    shadow_decisions: int = Field(1_000, ge=1, le=100_000, description="least decisions that the shadow scored too")
+    steps: list[float] = Field([1.0, 5.0, 25.0, 100.0], description="percentages of the canary, rising to 100 at most")
+    dwell_s: float = Field(3_600.0, ge=0, allow_inf_nan=False, description="least time on each step")
+    min_decisions: int = Field(1_000, ge=1, description="least decisions of the canary on each step")
+
+    @model_validator(mode="after")
+    def _check(self) -> ReleaseConfig:
+        rising = self.steps == sorted(set(self.steps)) and 0 < len(self.steps) <= 20
+        if not rising or not 0 < self.steps[0] <= self.steps[-1] <= 100:
+            raise ValueError(f"release.steps={self.steps} must rise, above 0 and up to 100 at most, 20 steps at most")
+        return self
 
 
 class UpdaterConfig(Section):
@@ -235,6 +255,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
     update: UpdateConfig = Field(default_factory=UpdateConfig)
+    release: ReleaseConfig = Field(default_factory=ReleaseConfig)
     updater: UpdaterConfig = Field(default_factory=UpdaterConfig)
     drift: DriftConfig = Field(default_factory=DriftConfig)
     serving: ServingConfig = Field(default_factory=ServingConfig)

@@ -14,6 +14,7 @@ from deepseek_ray.cli import settings_of
 from deepseek_ray.commands import open_registry, promote_version, told
 from deepseek_ray.errors import ConfigError, RegistryError
 from deepseek_ray.registry import CHAMPION, SHADOW, Registry, TrafficBook, VersionInfo
+from deepseek_ray.serving.release import stands
 from deepseek_ray.serving.shadow import ShadowReport, compare
 from deepseek_ray.serving.traffic import TrafficPolicy
 
@@ -42,8 +43,10 @@ def show(options: argparse.Namespace) -> int:
         print(
             f"schedule    {steps} %, each {policy.schedule.dwell_s:g} s and {policy.schedule.min_decisions} decisions"
         )
-        if policy.next_percent is None:
+        if policy.next_percent is None and policy.release is None:
             print("            the last step: deepseek-ray traffic promote asks the gate")
+    if policy.release is not None:
+        print(f"release     {stands(policy)}")
     if beside is not None:
         print(_shadow_line(beside))
     print("\n".join(told(move) for move in book.moves()[-SHOWN_MOVES:]))
@@ -64,7 +67,7 @@ def set_traffic(options: argparse.Namespace) -> int:
     }
     if len(fields["arms"]) == 1 or options.schedule:
         fields["schedule"] = schedule
-    after = before.followed_by(TrafficPolicy.make(**fields))
+    after = _with_release(before, before.followed_by(TrafficPolicy.make(**fields)))
     _point(registry, after, options.note)
     book.move(
         text, after.model_dump_json(), action="set", who=_who(), why=options.note, summary=_summary(before, after)
@@ -92,13 +95,14 @@ def promote(options: argparse.Namespace) -> int:
 
 
 def rollback(options: argparse.Namespace) -> int:
-    """Give every card back to the champion; the shadow goes on."""
+    """Give every card back to the champion, and end a release; a shadow that was set by hand goes on."""
     book = TrafficBook(open_registry(options))
     text = book.read()
-    before = after = TrafficPolicy.parse(text)
-    for arm in before.arms:
+    before = TrafficPolicy.parse(text)
+    after = before.ended() if before.release else before
+    for arm in after.arms:
         after = after.without(arm.alias)
-    if before.arms:
+    if after != before:
         summary = _summary(before, after)
         book.move(text, after.model_dump_json(), action="rollback", who=_who(), why=options.note, summary=summary)
     print("champion: 100 %")
@@ -140,6 +144,13 @@ def _arms(
         shares = " and ".join(f"{arm['alias']}={arm['percent']:g}" for arm in arms.values())
         raise ConfigError(f"{shares} are more than 100 % of the traffic.", fix="give an arm less, or 0 to end it")
     return list(arms.values())
+
+
+def _with_release(before: TrafficPolicy, after: TrafficPolicy) -> TrafficPolicy:
+    """The same with the release that was under way, where its version still is the shadow, or the arm on a schedule."""
+    if before.release is None or not after.carries(before.release):
+        return after
+    return after.model_copy(update={"release": before.release})
 
 
 def _percent(given: str | None, text: str, schedule: dict[str, Any] | None) -> float:

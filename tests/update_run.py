@@ -25,7 +25,8 @@ from deepseek_ray.models import RiskModel
 from deepseek_ray.online import cycle
 from deepseek_ray.online.ledger import Ledger
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Registry
+from deepseek_ray.registry import CHAMPION, InputSchema, Lineage, Registry, TrafficBook
+from deepseek_ray.serving.release_desk import ReleaseDesk
 from tests.served_run import promote
 from tests.unit.serving_parts import event
 from tests.unit.test_prediction_log import row
@@ -119,6 +120,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "crowned": (Registry, "_crown"),
     "promoted": (Registry, "offer"),
     "kept": (cycle, "keep"),
+    "admitted": (TrafficBook, "admit"),
 }
 
 
@@ -136,7 +138,8 @@ def main(run: str, step: str) -> None:
     paths = RunPaths(Path(run))
     registry = Registry.open(paths, create=False)
     assert registry.version_of(CHAMPION)
-    cycle.update(make_config(), paths, registry)
+    config = make_config()
+    cycle.update(config, paths, registry, route=ReleaseDesk(registry, config) if step == "admitted" else None)
 
 
 if __name__ == "__main__":

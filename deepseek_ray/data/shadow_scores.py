@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,16 @@ CREATE TABLE IF NOT EXISTS scores (
 _PAIRS = (
     "SELECT s.probability, s.served_probability, s.review != s.served_review, f.is_fraud FROM scores s "
     "LEFT JOIN log.feedback f USING (prediction_id) WHERE s.version = ? ORDER BY s.seq"
+)
+_BESIDE = (
+    "SELECT s.probability, s.served_probability, p.card_id FROM scores s JOIN log.predictions p USING (prediction_id) "
+    "WHERE s.version = ? AND s.served_version = ? ORDER BY s.seq DESC LIMIT ?"
+)
+_SCORED = "SELECT COUNT(*) FROM scores WHERE version = ? AND served_version = ?"
+_APART = (
+    "SELECT p.card_id, f.is_fraud, s.review != f.is_fraud FROM scores s JOIN log.feedback f USING (prediction_id) "
+    "JOIN log.predictions p USING (prediction_id) "
+    "WHERE s.version = ? AND s.served_version = ? AND s.review != s.served_review ORDER BY f.seq"
 )
 
 
@@ -53,6 +63,28 @@ class Pairs(NamedTuple):
     served: npt.NDArray[np.float64]
     differs: npt.NDArray[np.bool_]
     label: npt.NDArray[np.int8]
+
+
+class Mistake(NamedTuple):
+    """A decision on which shadow and champion differ, and one of them was wrong."""
+
+    card_id: str
+    is_fraud: bool
+    shadow_wrong: bool
+
+
+class Beside(NamedTuple):
+    """A shadow beside one champion.
+
+    Attributes:
+        scored: decisions that both scored.
+        pairs: (shadow's probability, champion's, card) of the newest of them.
+        mistakes: in the order in which the truth came.
+    """
+
+    scored: int
+    pairs: list[tuple[float, float, str]]
+    mistakes: list[Mistake]
 
 
 class ShadowScores:
@@ -98,12 +130,8 @@ def read_pairs(path: Path, log_path: Path, version: str) -> Pairs:
     Raises:
         EnvironmentProblemError: a file cannot be read.
     """
-    try:
-        with closing(sqlite3.connect(read_uri(path), uri=True)) as reader:
-            reader.execute("ATTACH ? AS log", (read_uri(log_path),))
-            rows = reader.execute(_PAIRS, (version,)).fetchall()
-    except sqlite3.Error as error:
-        raise _unusable(path, error) from error
+    with _reading(path, log_path) as reader:
+        rows = reader.execute(_PAIRS, (version,)).fetchall()
     columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
     label = [-1 if value is None else int(value) for value in columns[3]]
     return Pairs(
@@ -112,6 +140,34 @@ def read_pairs(path: Path, log_path: Path, version: str) -> Pairs:
         np.array(columns[2], np.bool_),
         np.array(label, np.int8),
     )
+
+
+def read_beside(path: Path, log_path: Path, version: str, champion: str, newest: int) -> Beside:
+    """What there is to judge a shadow by beside one champion; raises like :func:`read_pairs`.
+
+    Args:
+        path: the shadow's scores.
+        log_path: the prediction log.
+        version: the shadow.
+        champion: version that answered.
+        newest: most pairs of scores.
+    """
+    key = (version, champion)
+    with _reading(path, log_path) as reader:
+        scored = reader.execute(_SCORED, key).fetchone()[0]
+        pairs = reader.execute(_BESIDE, (*key, newest)).fetchall()
+        apart = reader.execute(_APART, key).fetchall()
+    return Beside(scored, pairs, [Mistake(card, bool(fraud), bool(wrong)) for card, fraud, wrong in apart])
+
+
+@contextmanager
+def _reading(path: Path, log_path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with closing(sqlite3.connect(read_uri(path), uri=True)) as reader:
+            reader.execute("ATTACH ? AS log", (read_uri(log_path),))
+            yield reader
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
 
 
 def _unusable(path: Path, error: Exception) -> EnvironmentProblemError:

@@ -1,7 +1,8 @@
-"""One update from the log to the live version: take in, train, register, note, ask the gate, promote.
+"""One update from the log to the live version: take in, train, register, note, ask the gate, promote or release.
 
 It may be killed anywhere. What it trained on is noted before the promotion and counts from the promotion on
-(ledger.py); a promotion is one move of an alias; everything after it can be made again.
+(ledger.py); a promotion is one move of an alias, made here or at the end of a release; everything after it can be made
+again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from deepseek_ray import models
 from deepseek_ray.client import RiskClient
 from deepseek_ray.config import Config
 from deepseek_ray.data.datasets import RiskDataset
+from deepseek_ray.data.evidence import GateDecision
 from deepseek_ray.data.served import matured
 from deepseek_ray.errors import DeepseekRayError
 from deepseek_ray.online.intake import Intake, keep_memory, take_in
@@ -31,29 +33,67 @@ from deepseek_ray.registry import git_commit as present_commit
 SWAP_TIMEOUT_S = 60.0
 
 
-def update(config: Config, paths: RunPaths, registry: Registry, url: str | None = None) -> dict[str, Any]:
+class Route(Protocol):
+    """The way of a version from the gate to champion.
+
+    Attributes:
+        champion_at_once: the version is champion when ``offer`` returns.
+    """
+
+    champion_at_once: bool
+
+    def ready(self) -> None:
+        """Raise where no version could be taken now."""
+
+    def offer(self, version: str, decision: GateDecision) -> str:
+        """Take a version if the decision holds; returns why not, or ""."""
+
+
+class Direct:
+    """A version that the gate passes is champion at once."""
+
+    champion_at_once = True
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def ready(self) -> None:
+        """At any time."""
+
+    def offer(self, version: str, decision: GateDecision) -> str:
+        """See ``Registry.offer``."""
+        return self._registry.offer(version, decision)
+
+
+def update(
+    config: Config, paths: RunPaths, registry: Registry, url: str | None = None, route: Route | None = None
+) -> dict[str, Any]:
     """The whole cycle as one MLflow run; writes results/update.json and returns it.
 
     Args:
         config: its ``update`` and ``gate`` sections.
         paths: the run.
         registry: of the run's model; it must have a champion.
-        url: wait until the service at this address answers with the new version.
+        url: wait until the service at this address answers with the new version; not where the route takes longer.
+        route: how what the gate passes goes live; None: ``Direct``.
 
     Raises:
         DataError: too few labels.
-        EnvironmentProblemError: another update of this run is under way.
+        EnvironmentProblemError: another update of this run, or a release, is under way.
     """
+    route = route or Direct(registry)
     paths.updates.mkdir(parents=True, exist_ok=True)
     busy = f"Another update of {str(paths.root)!r} is under way."
-    with (
-        exclusive(paths.updates, busy, "wait for its end"),
-        registry.tracking.start_run("update", tags={"stage": "update", "strategy": config.update.strategy}) as run,
-    ):
-        return _update(config, paths, registry, run, url)
+    with exclusive(paths.updates, busy, "wait for its end"):
+        route.ready()
+        tags = {"stage": "update", "strategy": config.update.strategy}
+        with registry.tracking.start_run("update", tags=tags) as run:
+            return _update(config, paths, registry, run, url, route)
 
 
-def _update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: str | None) -> dict[str, Any]:
+def _update(
+    config: Config, paths: RunPaths, registry: Registry, run: Run, url: str | None, route: Route
+) -> dict[str, Any]:
     start = time.perf_counter()
     champion, ledger = registry.get(CHAMPION), Ledger(paths.updates)
     schema = champion.schema
@@ -64,22 +104,26 @@ def _update(config: Config, paths: RunPaths, registry: Registry, run: Run, url: 
     ledger.write(info.version, champion.version, intake.labels, run_id=run.run_id, root_until_us=intake.root_until_us)
     old = RiskDataset.load(paths.datasets / "holdout.safetensors")
     decision = judge(champion, info, intake.held_out, old, config.gate)
-    refusal = registry.offer(info.version, decision)
+    refusal = route.offer(info.version, decision)
+    promoted = route.champion_at_once and not refusal
     if not refusal:
         keep(registry, info, intake, config, paths)
     stage = {
-        "champion_version": champion.version, "challenger_version": info.version, "promoted": not refusal,
+        "champion_version": champion.version, "challenger_version": info.version, "promoted": promoted,
+        "released": not refusal and not promoted,
         "refusal": refusal, "strategy": config.update.strategy, "threshold": float(info.tags[THRESHOLD_TAG]),
         "checks": [asdict(check) for check in decision.checks], "mlflow_run_id": run.run_id,
-        "tracking_uri": registry.tracking.shown_uri, "seconds_label_to_live": time.perf_counter() - start,
+        "tracking_uri": registry.tracking.shown_uri, "seconds_label_to_live": None,  # a release goes live later
         "rows_new": made.num_new, "rows_replayed": made.num_replayed, "rows_holdout": len(intake.held_out),
         "rows_corrected": intake.num_late, "trained_until_us": int(intake.held_out.order_us.max()), "note": "",
     }  # fmt: skip
     write_stage(paths, "update", stage)  # before the wait: the promotion stands, whatever the service does
-    if url and not refusal:
-        note = asyncio.run(_await_swap(url, info.version))
-        stage |= {"note": note, "seconds_label_to_live": time.perf_counter() - start}
-    _log(paths, run, stage, made)
+    if url and promoted:
+        stage["note"] = asyncio.run(_await_swap(url, info.version))
+    seconds = time.perf_counter() - start
+    if not stage["released"]:
+        stage["seconds_label_to_live"] = seconds
+    _log(paths, run, stage, made, seconds)
     return stage
 
 
@@ -104,12 +148,13 @@ def register(registry: Registry, run: Run, made: UpdateResult, intake: Intake, c
 
 
 def keep(registry: Registry, info: VersionInfo, intake: Intake, config: Config, paths: RunPaths) -> None:
-    """Keep the memory of the new champion, and of the one that a rollback would bring back."""
+    """Keep the memory of the new version, of the champion, and of the one that a rollback would bring back."""
     logit = None
     if config.update.strategy == "derpp":
         logit = models.load(info.path).predict_logits(intake.train.features, intake.train.sequence)
     remember(intake.memory, intake.train, logit)
-    keep_memory(intake.memory, info.version, paths, set(filter(None, [registry.version_of(PREVIOUS)])))
+    aliases = registry.aliases()
+    keep_memory(intake.memory, info.version, paths, {aliases[name] for name in (CHAMPION, PREVIOUS) if name in aliases})
 
 
 async def _await_swap(url: str, version: str) -> str:
@@ -126,12 +171,12 @@ async def _await_swap(url: str, version: str) -> str:
     return ""
 
 
-def _log(paths: RunPaths, run: Run, stage: dict[str, Any], made: UpdateResult) -> None:
+def _log(paths: RunPaths, run: Run, stage: dict[str, Any], made: UpdateResult, seconds: float) -> None:
     for record in made.history:
         run.log_metrics(record.numbers(), step=record.epoch)
     run.log_metrics({check["name"]: check["value"] for check in stage["checks"]})
     run.log_dict(stage, "update.json")
     write_stage(paths, "update", stage)
-    verdict = "promoted" if stage["promoted"] else "refused"
+    verdict = "promoted" if stage["promoted"] else "released" if stage["released"] else "refused"
     note = f"; {stage['note']}" if stage["note"] else ""
-    print(f"version {stage['challenger_version']} {verdict} after {stage['seconds_label_to_live']:.1f} s{note}")
+    print(f"version {stage['challenger_version']} {verdict} after {seconds:.1f} s{note}")

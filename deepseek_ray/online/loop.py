@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 from deepseek_ray.config import UpdaterConfig
 from deepseek_ray.errors import DeepseekRayError
 from deepseek_ray.logs import get_logger
-from deepseek_ray.online.triggers import Attempt, Decision, Facts, Outcome, decide
+from deepseek_ray.online.triggers import Attempt, Decision, Facts, Outcome, decide, noticed
 from deepseek_ray.paths import finite, replace_text
 
 log = get_logger(__name__)
@@ -32,16 +32,25 @@ class Waiting(Protocol):
     def basis(self) -> str: ...
 
 
+class Releases(Protocol):
+    """What the loop asks about releases; see serving/release_desk.py."""
+
+    def standing(self) -> str: ...
+    def blocked(self) -> str: ...
+    def begun_s(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class State:
     """What the loop knows between two looks.
 
     Attributes:
         since_s: see ``triggers.Facts``.
-        status: "idle", "updating" or "failing".
+        status: "idle", "updating", "releasing" or "failing".
         message: the last decision, or what went wrong.
         basis: see ``triggers.Facts``.
         attempts: how many updates ended in each way.
+        release: where a release stands, "" without one.
     """
 
     since_s: float
@@ -52,7 +61,10 @@ class State:
     psi: float | None = None
     basis: str = ""
     last: Attempt | None = None
-    attempts: Mapping[str, int] = field(default_factory=lambda: {"promoted": 0, "refused": 0, "failed": 0})
+    attempts: Mapping[str, int] = field(
+        default_factory=lambda: {"promoted": 0, "released": 0, "refused": 0, "failed": 0}
+    )
+    release: str = ""
 
 
 class Loop:
@@ -65,6 +77,7 @@ class Loop:
             short because the updater stops.
         file: where the state is kept; ``.prom`` beside it holds the same as Prometheus text.
         clock: seconds since 1970.
+        releases: of the model; while one is under way no update begins.
     """
 
     def __init__(
@@ -74,10 +87,11 @@ class Loop:
         attempt: Callable[[], tuple[Outcome, str] | None],
         file: Path,
         clock: Callable[[], float],
+        releases: Releases,
     ) -> None:
-        self._backlog, self._config, self._attempt = backlog, config, attempt
+        self._backlog, self._config, self._attempt, self._releases = backlog, config, attempt, releases
         self._file, self._clock = file, clock
-        self.state = _read(file) or State(since_s=clock())
+        self.state = read_state(file) or State(since_s=clock())
 
     def look(self) -> Decision:
         """Look once, and update if it is time; a problem is told in the state, and the next look tries again."""
@@ -92,15 +106,26 @@ class Loop:
         return decision
 
     def _decide(self) -> Decision:
+        self._follow_release()
+        blocked = self._releases.blocked()
         basis = self._backlog.basis()  # before the labels: what is set aside in between shows at the next look
         waiting = self._backlog.waiting()
         psi = self._backlog.psi() if waiting >= self._config.drift_labels and self._config.drift_psi else None
         now_s = self._clock()
-        decision = decide(Facts(now_s, self.state.since_s, waiting, psi, self.state.last, basis), self._config)
+        facts = Facts(now_s, self.state.since_s, waiting, psi, self.state.last, basis, blocked)
+        decision = decide(facts, self._config)
         status = "failing" if self.state.last and self.state.last.outcome == "failed" else "idle"
         looked = replace(self.state, waiting=waiting, psi=psi, basis=basis, looked_s=now_s)
+        status = "releasing" if self.state.release else status
         self._keep(replace(looked, status=status, message=decision.reason))
         return decision
+
+    def _follow_release(self) -> None:
+        state, release = self.state, self._releases.standing()
+        if release != state.release:
+            log.info("release: %s", release or "none is under way any more, see deepseek-ray traffic show")
+        last = noticed(state.last, self._releases.begun_s(), state.waiting, state.basis)
+        self.state = replace(state, release=release, last=last)
 
     def _update(self, decision: Decision) -> None:
         log.info("updating: %s", decision.reason)
@@ -131,7 +156,7 @@ class Loop:
             log.error("%s cannot be written: %s", self._file, error)
 
 
-def _read(file: Path) -> State | None:
+def read_state(file: Path) -> State | None:
     """The state that an earlier loop kept; None where there is none or it is torn: only the waits start anew then."""
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
@@ -154,6 +179,7 @@ def _metrics(state: State) -> CollectorRegistry:
     gauge("looked_timestamp_seconds", "When the updater last looked.", state.looked_s)
     gauge("failures_in_a_row", "Failed updates since the last that ended.", state.last.failures if state.last else 0)
     gauge("updating", "1 while an update runs.", state.status == "updating")
+    gauge("releasing", "1 while a release is under way.", bool(state.release))
     if state.psi is not None:
         gauge("psi", "Largest population stability index of a feature.", state.psi)
     ended = Gauge("deepseek_ray_updater_attempts", "Updates by how they ended.", ["outcome"], registry=registry)

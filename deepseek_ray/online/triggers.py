@@ -7,10 +7,11 @@ from typing import Literal
 
 from deepseek_ray.config import UpdaterConfig
 
-Outcome = Literal["promoted", "refused", "failed"]
+Outcome = Literal["promoted", "released", "refused", "failed"]
+"""How an update ended; ``released``: the gate agreed, and a release by way of shadow and canary began."""
 
 EXIT_STATUS: dict[Outcome, int] = {"promoted": 0, "refused": 3}
-"""Exit status of a program that updates; 1 is a crash, 2 an error."""
+"""Exit status of a program that updates; 1 is a crash, 2 an error. What began a release ends like a promotion."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Facts:
         psi: largest population stability index of a feature; None where it is not known.
         last: the last attempt, None before the first.
         basis: what an update would start from, the champion and how many decisions are set aside.
+        blocked: why an update should wait, a release that is under way; "" where nothing speaks against it.
     """
 
     now_s: float
@@ -52,6 +54,7 @@ class Facts:
     psi: float | None = None
     last: Attempt | None = None
     basis: str = ""
+    blocked: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,12 @@ def decide(facts: Facts, config: UpdaterConfig) -> Decision:
     A failure takes no label: the trigger that started it holds until the wait is over.
 
     A refusal by the gate takes no label: the same ones would be refused again, so only those that came since count,
-    until another champion, or labels set aside, make it another question.
+    until another champion, or labels set aside, make it another question. The labels of a release that was taken back
+    wait again in the same way: the next update trains on them, those that came since start it.
     """
     fresh = facts.waiting - _refused(facts)
+    if facts.blocked:
+        return Decision(False, facts.blocked, fresh)
     if (left := not_before(facts.last, config) - facts.now_s) > 0:
         failed = facts.last is not None and facts.last.outcome == "failed"
         return Decision(False, f"{'backing off' if failed else 'too soon'} for {left:.0f} s more", fresh)
@@ -94,6 +100,23 @@ def decide(facts: Facts, config: UpdaterConfig) -> Decision:
     return Decision(False, f"{fresh} new labels", fresh)
 
 
+def noticed(last: Attempt | None, begun_s: float, waiting: int, basis: str) -> Attempt | None:
+    """The last attempt, as a release that began since shows it.
+
+    Whoever was killed or stopped just after the release began, or was not there when it was begun by hand, would take
+    its labels for ones that were never asked about.
+
+    Args:
+        last: the last attempt that is known.
+        begun_s: when the newest release began, 0 without one.
+        waiting: labels that waited at the last look.
+        basis: at the last look.
+    """
+    if begun_s <= (last.at_s if last else 0.0):
+        return last
+    return Attempt(begun_s, "released", waiting, basis=basis)
+
+
 def not_before(last: Attempt | None, config: UpdaterConfig) -> float:
     """Earliest time of the next attempt, seconds since 1970; after failures the wait doubles up to its bound."""
     if last is None:
@@ -107,6 +130,6 @@ def not_before(last: Attempt | None, config: UpdaterConfig) -> float:
 def _refused(facts: Facts) -> int:
     """Labels not to ask the gate about again."""
     last = facts.last
-    if last is None or last.outcome != "refused" or last.basis != facts.basis:
+    if last is None or last.outcome not in ("refused", "released") or last.basis != facts.basis:
         return 0
     return last.waiting

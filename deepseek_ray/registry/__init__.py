@@ -20,7 +20,7 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 from deepseek_ray.registry.audit import AuditEntry
 from deepseek_ray.registry.package import InputSchema, Package, Probes, load_package
 from deepseek_ray.registry.tracking import Run, Tracking, check_store, git_commit
-from deepseek_ray.registry.traffic import CANARY, SHADOW, TrafficBook, TrafficMove
+from deepseek_ray.registry.traffic import CANARY, SHADOW, TrafficBook, TrafficMove, Words
 from deepseek_ray.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -51,6 +51,7 @@ __all__ = [
     "TrafficMove",
     "VersionInfo",
     "VersionLineage",
+    "Words",
     "check_store",
     "git_commit",
     "load_package",

@@ -7,11 +7,16 @@ time, and each move leaves a line in a table beside the promotions: what, who, w
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
+from deepseek_ray.data.evidence import GateDecision
 from deepseek_ray.errors import RegistryError
-from deepseek_ray.registry.versions import TRAFFIC_TAG, Registry, VersionInfo
+from deepseek_ray.registry.audit import AuditTransaction
+from deepseek_ray.registry.versions import CHAMPION, TRAFFIC_TAG, Registry, VersionInfo
 
 CANARY = "canary"
 SHADOW = "shadow"
@@ -44,7 +49,7 @@ class TrafficMove:
 
     Args:
         name: registered model.
-        action: set, advance, rollback, promote, clear or point.
+        action: set, release, advance, rollback, promote, clear or point.
         who: person or program.
         why: in words.
         summary: the move in words, for example "canary 1 % -> 5 %".
@@ -61,6 +66,15 @@ class TrafficMove:
     before: str = ""
     after: str = ""
     at: str = ""
+
+
+class Words(NamedTuple):
+    """What the history says of a move; see :class:`TrafficMove`."""
+
+    action: str
+    who: str
+    why: str
+    summary: str
 
 
 class TrafficBook:
@@ -88,6 +102,49 @@ class TrafficBook:
             RegistryError: another move came first, or the text is too long.
             RegistryUnavailableError: a store cannot be written; nothing has moved.
         """
+        with self._moving(before, after) as audit:
+            self._write(audit, Words(action, who, why, summary), before, after)
+
+    def admit(self, before: str, after: str, version: str, decision: GateDecision, words: Words) -> str:
+        """Send a version that the gate passed on its way, as ``move`` would, with canary and shadow naming it.
+
+        Returns:
+            Why the gate's decision does not hold, kept in the history; nothing has moved then. "" where it does.
+
+        Raises:
+            ModelFormatError: the version does not load.
+            RegistryError: like :meth:`move`.
+        """
+        info = self._registry.validate(version)
+        with self._moving(before, after) as audit:
+            if reason := self._registry.settle(audit, info, decision, crown=False):
+                return reason
+            with self._registry.tracking.guard(write=True) as client:
+                for alias in (SHADOW, CANARY):
+                    client.set_registered_model_alias(self._registry.name, alias, info.version)
+            self._write(audit, words, before, after)
+        return ""
+
+    def crown(self, before: str, after: str, version: str, decision: GateDecision, words: Words) -> str:
+        """Make a version champion and move the traffic, one as little without the other as two stores allow.
+
+        A version that is champion already, because a crash came between the two, only moves the traffic.
+
+        Returns:
+            Like :meth:`admit`; raises like it.
+        """
+        info = self._registry.validate(version)
+        with self._moving(before, after) as audit:
+            if self._registry.version_of(CHAMPION) != info.version and (
+                reason := self._registry.settle(audit, info, decision)
+            ):
+                return reason
+            self._write(audit, words, before, after)
+        return ""
+
+    @contextmanager
+    def _moving(self, before: str, after: str) -> Iterator[AuditTransaction]:
+        """Hold the lock of moves, with the traffic as it was read."""
         if len(after) > MAX_CHARS:
             raise RegistryError(f"A traffic policy of {len(after)} characters is too long.", fix="shorten its schedule")
         with self._registry.audit.transaction() as audit:
@@ -96,12 +153,15 @@ class TrafficBook:
                     f"The traffic of {self._registry.name!r} was moved by somebody else meanwhile.",
                     fix="look at deepseek-ray traffic show, and decide again",
                 )
-            self._append(audit.connection, action, who, why, summary, before, after)
-            with self._registry.tracking.guard(write=True) as client:
-                if after:
-                    client.set_registered_model_tag(self._registry.name, TRAFFIC_TAG, after)
-                elif before:
-                    client.delete_registered_model_tag(self._registry.name, TRAFFIC_TAG)
+            yield audit
+
+    def _write(self, audit: AuditTransaction, words: Words, before: str, after: str) -> None:
+        self._append(audit.connection, *words, before, after)
+        with self._registry.tracking.guard(write=True) as client:
+            if after:
+                client.set_registered_model_tag(self._registry.name, TRAFFIC_TAG, after)
+            elif before:
+                client.delete_registered_model_tag(self._registry.name, TRAFFIC_TAG)
 
     def point(self, alias: str, version: str, *, who: str, why: str) -> VersionInfo:
         """Let ``canary`` or ``shadow`` name a version, once it has loaded and scored its probes.

@@ -195,14 +195,29 @@ class Registry:
             raise TypeError(f"a promotion takes a GateDecision, got {type(decision).__name__}")
         info = self.validate(version)
         with self.audit.transaction() as audit:
-            before = self.version_of(CHAMPION)
-            reason = self._refusal(info, decision, before)
+            return self.settle(audit, info, decision)
+
+    def settle(self, audit: AuditTransaction, info: VersionInfo, decision: GateDecision, *, crown: bool = True) -> str:
+        """Do what a decision says about a validated version, within an open transaction.
+
+        Args:
+            audit: holds the lock of alias moves.
+            info: the version.
+            decision: about it and today's champion.
+            crown: make it champion where nothing speaks against it; else only note the decision with the version.
+
+        Returns:
+            Why it is refused, or "".
+        """
+        before = self.version_of(CHAMPION)
+        reason = self._refusal(info, decision, before)
+        action = "refuse" if reason else "promote" if crown else "admit"
+        if action != "admit":
             after = before if reason else info.version
-            action = "refuse" if reason else "promote"
             audit.append(self._entry(action, info.version, before, after, decision=decision.to_json(), note=reason))
-            self._tag_decision(info.version, decision, action)
-            if not reason:
-                self._crown(info.version, previous=before)
+        self._tag_decision(info.version, decision, action)
+        if action == "promote":
+            self._crown(info.version, previous=before)
         return reason
 
     def rollback(self, note: str = "") -> VersionInfo:

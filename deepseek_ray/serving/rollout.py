@@ -8,53 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.periodic import Periodic
-from deepseek_ray.registry import TrafficBook
+from deepseek_ray.registry import TrafficBook, Words
 from deepseek_ray.serving.arm_evidence import ArmEvidence
 from deepseek_ray.serving.arm_metrics import ArmMetrics, CallCounts
 from deepseek_ray.serving.arms import ArmPlan, LiveArm
 from deepseek_ray.serving.guard import Record, StepRecord, Verdict, judge
+from deepseek_ray.serving.moves import Fall, Move, rollback
 from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.release import champion_move, refused_move
+from deepseek_ray.serving.release_steps import ReleaseSteps
 from deepseek_ray.serving.traffic import TrafficPolicy
 
 logger = get_logger(__name__)
 
 WHO = "the service"
 NO_CALLS = CallCounts(0, 0, ())
-
-
-@dataclass(frozen=True)
-class Fall:
-    """An arm that lost its traffic, and why."""
-
-    arm: LiveArm
-    why: str
-
-    @property
-    def summary(self) -> str:
-        """What happened, in a few words."""
-        return f"{self.arm.alias} (version {self.arm.live.version}) {self.arm.percent:g} % -> 0 %"
-
-    def is_from(self, policy: TrafficPolicy) -> bool:
-        """Would that policy let the arm go on?"""
-        return any((arm.alias, arm.version) == (self.arm.alias, self.arm.live.version) for arm in policy.arms)
-
-
-@dataclass(frozen=True)
-class Move:
-    """A move that the registry has yet to hear of; ``fallen`` are the arms of a rollback."""
-
-    before: str
-    after: TrafficPolicy
-    action: str
-    why: str
-    summary: str
-    fallen: tuple[Fall, ...] = ()
 
 
 class Rollout(Periodic):
@@ -65,6 +38,7 @@ class Rollout(Periodic):
         book: opens the traffic of the registry.
         log_path: the prediction log.
         metrics: where evidence and moves are shown.
+        releases: moves releases on; None: there are none.
         every_s: time between two looks.
         now_us: clock, microseconds since the epoch.
     """
@@ -76,6 +50,7 @@ class Rollout(Periodic):
         log_path: Path,
         metrics: ArmMetrics,
         *,
+        releases: ReleaseSteps | None = None,
         every_s: float = 1.0,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
@@ -84,6 +59,7 @@ class Rollout(Periodic):
         self._book = book
         self._log_path = log_path
         self._metrics = metrics
+        self._releases = releases
         self._now_us = now_us
         self._evidence: tuple[tuple[str, str], ArmEvidence] | None = None
         self._withdrawn: dict[str, frozenset[str]] = {}
@@ -113,7 +89,9 @@ class Rollout(Periodic):
             self._reports = {arm.alias: self._judge(plan, arm, evidence.steps(arm.alias)) for arm in plan.arms}
         else:
             self._evidence, self._reports = None, {}
-        self._tell()
+        if self._releases is not None and self._pending is None:
+            self._pending = self._releases.look(plan, self._now_us())
+        self._tell(plan)
 
     def _evidence_of(self, plan: ArmPlan) -> ArmEvidence:
         key = (plan.text, plan.champion.version)
@@ -145,7 +123,7 @@ class Rollout(Periodic):
         logger.error("%s (version %s) lost its traffic: %s", arm.alias, arm.live.version, verdict.why)
         waiting = self._pending.fallen if self._pending else ()
         others = [fall for fall in waiting if fall.arm.alias != arm.alias and fall.is_from(plan.policy)]
-        self._pending = _rollback(plan.text, plan.policy, (*others, Fall(arm, verdict.why)))
+        self._pending = rollback(plan.text, plan.policy, (*others, Fall(arm, verdict.why)))
         self._take_traffic(plan.text, self._pending.fallen)
         self._metrics.moves.labels("rollback", verdict.cause).inc()
 
@@ -155,41 +133,48 @@ class Rollout(Periodic):
         self._predictor.reroute(lambda now: now.without(gone) if now.text == text else now)
 
     def _is_due(self, policy: TrafficPolicy, step: StepRecord) -> bool:
-        if policy.schedule is None or policy.next_percent is None or self._pending is not None:
+        last = policy.next_percent is None and (policy.release is None or self._releases is None)
+        if policy.schedule is None or last or self._pending is not None:
             return False
         stayed_us = self._now_us() - policy.since_us
         return stayed_us >= policy.schedule.dwell_s * 1e6 and step.arm.decisions >= policy.schedule.min_decisions
 
     def _advance(self, plan: ArmPlan, arm: LiveArm) -> None:
         percent = plan.policy.next_percent
-        assert percent is not None
+        if percent is None:
+            self._pending = champion_move(plan.text, plan.policy, "healthy on every step")
+            return
         summary = f"{arm.alias} (version {arm.live.version}) {arm.percent:g} % -> {percent:g} %"
-        self._pending = Move(plan.text, plan.policy.grown(percent), "advance", "healthy", summary)
+        self._pending = Move(plan.text, plan.policy.grown(percent), "advance", "healthy", summary, cause="schedule")
 
-    def _tell(self) -> None:
+    def _tell(self, plan: ArmPlan) -> None:
         """Write the pending move; it stays pending while the registry is away."""
         move = self._pending
         if move is None:
             return
         try:
-            self._book().move(
-                move.before,
-                move.after.model_dump_json(),
-                action=move.action,
-                who=WHO,
-                why=move.why,
-                summary=move.summary,
-            )
+            refusal = self._write(move)
         except RegistryUnavailableError:
             raise
         except RegistryError as error:
             logger.warning("%s was not written: %s", move.summary, error)
             self._pending = self._again(move)
             return
+        if refusal:
+            logger.error("%s was refused: %s", move.summary, refusal)
+            self._pending = refused_move(move, plan.policy, refusal) if plan.text == move.before else None
+            return
         logger.info("traffic: %s (%s)", move.summary, move.why)
-        if move.action == "advance":
-            self._metrics.moves.labels("advance", "schedule").inc()
+        if move.cause:
+            self._metrics.moves.labels(move.action, move.cause).inc()
         self._pending = None
+
+    def _write(self, move: Move) -> str:
+        book, words = self._book(), Words(move.action, WHO, move.why, move.summary)
+        if move.crown and self._releases is not None:
+            return self._releases.crown(book, move, words)
+        book.move(move.before, move.after.model_dump_json(), **words._asdict())
+        return ""
 
     def _again(self, move: Move) -> Move | None:
         """Somebody else moved the traffic first: theirs counts, but not where it lets withdrawn arms go on."""
@@ -199,16 +184,7 @@ class Rollout(Periodic):
         if not fallen:
             return None
         self._take_traffic(text, fallen)
-        return _rollback(text, policy, fallen)
-
-
-def _rollback(text: str, policy: TrafficPolicy, fallen: tuple[Fall, ...]) -> Move:
-    """One move for all arms: after two, a crash or a poll in between would let the second arm go on."""
-    after = policy
-    for fall in fallen:
-        after = after.without(fall.arm.alias)
-    why = fallen[0].why if len(fallen) == 1 else "; ".join(f"{fall.arm.alias}: {fall.why}" for fall in fallen)
-    return Move(text, after, "rollback", why, ", ".join(fall.summary for fall in fallen), fallen)
+        return rollback(text, policy, fallen)
 
 
 def _report(arm: LiveArm, step: StepRecord, calls: CallCounts, verdict: Verdict) -> dict[str, object]:

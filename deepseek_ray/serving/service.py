@@ -20,6 +20,7 @@ from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
+from deepseek_ray.online.recorded import decide_again
 from deepseek_ray.paths import RunPaths, exclusive
 from deepseek_ray.registry import Registry, TrafficBook, VersionInfo
 from deepseek_ray.serving import handover
@@ -39,9 +40,11 @@ from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
+from deepseek_ray.serving.release_steps import ReleaseSteps
 from deepseek_ray.serving.rollout import Rollout
 from deepseek_ray.serving.rpc_server import attach
 from deepseek_ray.serving.shadow import ShadowScorer
+from deepseek_ray.serving.shadow_trial import ShadowTrial
 from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 from deepseek_ray.serving.standing import standing_of
 from deepseek_ray.serving.watcher import Hooks, RegistryWatcher
@@ -199,7 +202,9 @@ class RiskService:
         arms.fallback.set(bool(self.fallback))
         self.shadow = ShadowScorer(lambda: self.predictor.plan.shadow, self._paths.shadow_scores, arms)
         self.predictor.witness = self.shadow.offer
-        self.rollout = Rollout(self.predictor, lambda: TrafficBook(find()), self.log.path, arms)
+        trial = ShadowTrial(self._paths.shadow_scores, self.log.path, self.shadow.calls)
+        releases = ReleaseSteps(trial, lambda: self.watcher.arm_refusals, lambda number: decide_again(find(), number))
+        self.rollout = Rollout(self.predictor, lambda: TrafficBook(find()), self.log.path, arms, releases=releases)
         hooks = Hooks(self.log.threshold, self.rollout.withdrawn, self._served, self._hand_over)
         self.watcher = RegistryWatcher(
             find, contract, self.predictor, hooks, monitor=self.monitor, metrics=arms, poll_s=config.poll_registry_s

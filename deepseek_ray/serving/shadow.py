@@ -20,7 +20,7 @@ from deepseek_ray.data.shadow_scores import ShadowScore, ShadowScores, read_pair
 from deepseek_ray.logs import get_logger
 from deepseek_ray.metrics import average_precision
 from deepseek_ray.online.drift import Reference, psi
-from deepseek_ray.serving.arm_metrics import ArmMetrics
+from deepseek_ray.serving.arm_metrics import ArmMetrics, CallCounts
 from deepseek_ray.serving.commands import LiveModel
 
 logger = get_logger(__name__)
@@ -59,6 +59,7 @@ class ShadowScorer:
         self._wake = threading.Condition()
         self._store: ShadowScores | None = None
         self._closed = self._failing = False
+        self._calls = ("", 0, 0)
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
         self._thread.start()
 
@@ -72,6 +73,11 @@ class ShadowScorer:
                 return
             self._waiting.extend(rows)
             self._wake.notify()
+
+    def calls(self, version: str) -> CallCounts:
+        """Model calls of a version as shadow, and how many failed; their times say nothing, nobody waits for them."""
+        name, calls, failed = self._calls
+        return CallCounts(calls, failed, ()) if name == version else CallCounts(0, 0, ())
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Score what waits, and stop."""
@@ -107,9 +113,15 @@ class ShadowScorer:
             if not self._failing:
                 logger.exception("the shadow (version %s) failed", live.version)
             self._failing = True
+            self._count(live.version, failed=True)
             return
         self._failing = False
+        self._count(live.version, failed=False)
         self._metrics.shadow_scored.labels(live.version).inc(len(rows))
+
+    def _count(self, version: str, *, failed: bool) -> None:
+        name, calls, bad = self._calls
+        self._calls = (version, calls + 1, bad + failed) if name == version else (version, 1, int(failed))
 
 
 def _pair(live: LiveModel, row: LoggedPrediction, score: float) -> ShadowScore:

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 from deepseek_ray.serving.arms import ArmPlan
+from deepseek_ray.serving.release import stands
 from deepseek_ray.serving.rollout import Rollout
 from deepseek_ray.serving.watcher import RegistryWatcher
 
@@ -39,5 +40,6 @@ def standing_of(plan: ArmPlan, watcher: RegistryWatcher, rollout: Rollout, fallb
         "arms": arms,
         "shadow_version": plan.shadow.version if plan.shadow else "",
         "arms_refused": dict(watcher.arm_refusals),
+        "release": stands(plan.policy),
         "policy_revision": plan.policy.revision,
     }

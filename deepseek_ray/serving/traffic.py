@@ -89,6 +89,21 @@ class Step(_Part):
         return percent / (percent + rest) if percent else 0.0
 
 
+class Release(_Part):
+    """A version on its way to champion by itself: shadow, then the arm of the schedule, then champion.
+
+    Attributes:
+        champion: version that the gate compared it with; beside another one the release ends.
+        schedule: of the arm, which begins when the shadow was healthy for long enough.
+    """
+
+    version: Version = Field(pattern=r"^[0-9]{1,9}$")
+    champion: Version = Field(pattern=r"^[0-9]{1,9}$")
+    schedule: Schedule = Schedule()
+    shadow_s: float = Field(3_600.0, ge=0, allow_inf_nan=False, description="least time as shadow; 0: no shadow")
+    shadow_decisions: int = Field(1_000, ge=1, le=100_000, description="least decisions that the shadow scored")
+
+
 class TrafficPolicy(_Part):
     """One rollout.
 
@@ -96,6 +111,7 @@ class TrafficPolicy(_Part):
         arms: at most one for each alias; the champion answers the rest.
         shadow: scores beside the others, or None.
         schedule: how the arm grows by itself; None: only on command.
+        release: the version that arm or shadow are for, where it becomes champion by itself; see release.py.
         salt: key of the hash; another one draws other cards.
         past: the split's earlier steps, as long as arms only grew.
         revision: number of the move that made this policy, given by the registry.
@@ -105,6 +121,7 @@ class TrafficPolicy(_Part):
     arms: tuple[Arm, ...] = ()
     shadow: Shadow | None = None
     schedule: Schedule | None = None
+    release: Release | None = None
     limits: Limits = Limits()
     salt: str = Field(default_factory=lambda: secrets.token_hex(8), pattern=r"^[0-9a-f]{1,32}$")
     past: tuple[Step, ...] = ()
@@ -120,7 +137,15 @@ class TrafficPolicy(_Part):
             raise ValueError(f"the arms take {total:g} % of the traffic, more than 100 %")
         if self.schedule is not None and len(self.arms) != 1:
             raise ValueError(f"a schedule needs exactly one arm, not {len(self.arms)}")
+        if self.release is not None and not self.carries(self.release):
+            raise ValueError(f"the release of version {self.release.version} needs it as shadow, or as the only arm")
         return self
+
+    def carries(self, release: Release) -> bool:
+        """Does a release go on here: is its version the only arm, on a schedule, or the shadow of no arm?"""
+        if not self.arms:
+            return self.shadow is not None and self.shadow.version == release.version
+        return self.schedule is not None and self.arms[0].version == release.version
 
     @classmethod
     def parse(cls, text: str) -> TrafficPolicy:
@@ -164,9 +189,8 @@ class TrafficPolicy(_Part):
     def grown(self, percent: float) -> TrafficPolicy:
         """The next policy: the one arm at a larger percentage."""
         arm = self.arms[0].model_copy(update={"percent": percent})
-        return self.followed_by(
-            TrafficPolicy(arms=(arm,), shadow=self.shadow, schedule=self.schedule, limits=self.limits)
-        )
+        kept = {"shadow": self.shadow, "schedule": self.schedule, "release": self.release, "limits": self.limits}
+        return self.followed_by(TrafficPolicy.model_validate({"arms": (arm,), **kept}))
 
     def followed_by(self, after: TrafficPolicy) -> TrafficPolicy:
         """``after`` as the next revision: where arms only grow, they keep their cards and what is known of them."""
@@ -175,8 +199,22 @@ class TrafficPolicy(_Part):
             known |= {"salt": self.salt, "past": self.steps[-MAX_PAST:]}
         return after.model_copy(update=known)
 
+    def begun(self) -> TrafficPolicy:
+        """The next policy: the released shadow becomes the arm, on the first step of its schedule."""
+        assert self.release is not None
+        schedule, version = self.release.schedule, self.release.version
+        arm = Arm(alias="canary", version=version, percent=schedule.steps[0])
+        return self.followed_by(TrafficPolicy(arms=(arm,), schedule=schedule, release=self.release, limits=self.limits))
+
+    def ended(self) -> TrafficPolicy:
+        """The next policy: the release's arm or shadow is gone, and the release with it."""
+        after = self.without(self.arms[0].alias if self.arms else "")
+        if after.shadow is not None and self.release is not None and after.shadow.version == self.release.version:
+            return after.model_copy(update={"shadow": None})
+        return after
+
     def without(self, alias: str) -> TrafficPolicy:
-        """The next policy: an arm's cards back to the champion; the shadow goes on, the schedule does not."""
+        """The next policy: an arm's cards back to the champion; the shadow goes on, schedule and release do not."""
         arms = tuple(arm for arm in self.arms if arm.alias != alias)
         rest = TrafficPolicy(arms=arms, shadow=self.shadow, limits=self.limits, salt=self.salt)
         return rest.model_copy(update={"revision": self.revision + 1})

@@ -24,6 +24,7 @@ from deepseek_ray.online.triggers import EXIT_STATUS
 from deepseek_ray.online.updater import STRATEGIES
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
+from deepseek_ray.serving.release_desk import ReleaseDesk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deepseek-ray update", description="Update the champion from feedback.")
     add_settings(parser)
     parser.add_argument("--policy", choices=sorted(STRATEGIES), help="short for --set update.strategy=...")
-    parser.add_argument("--url", help="wait until the service at this address answers with the new version")
+    parser.add_argument(
+        "--release",
+        choices=("direct", "canary"),
+        help="how a version goes live that the gate passed; short for --set update.release=...",
+    )
+    parser.add_argument("--url", help="after a promotion wait until the service at this address answers with it")
     parser.add_argument(
         "--set-aside",
         type=Path,
@@ -42,13 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.policy:
         options.overrides.append(f"update.strategy={options.policy}")
+    if options.release:
+        options.overrides.append(f"update.release={options.release}")
     config, paths = settings_of(options)
     if options.set_aside:
         return set_aside(paths, options.set_aside, options.reason)
     torch.set_num_threads(1)  # the service needs the other core
     registry = Registry.open(paths, config.stores, name=config.model_name, create=False)
-    stage = update(config, paths, registry, options.url)
-    return EXIT_STATUS["promoted" if stage["promoted"] else "refused"]
+    desk = ReleaseDesk(registry, config)
+    stage = update(config, paths, registry, options.url, desk if config.update.release == "canary" else None)
+    if stage["released"]:
+        print(desk.standing() or "the release has ended, see deepseek-ray traffic show")
+    return EXIT_STATUS["refused" if stage["refusal"] else "promoted"]
 
 
 def set_aside(paths: RunPaths, file: Path, reason: str) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from deepseek_ray.config import ModelConfig
+from deepseek_ray.data.evidence import GateDecision
 from deepseek_ray.errors import RegistryError, RegistryUnavailableError
 from deepseek_ray.models import RiskModel, RiskModelConfig
-from deepseek_ray.registry import InputSchema, Standing, TrafficMove, VersionInfo
+from deepseek_ray.registry import InputSchema, Standing, TrafficMove, VersionInfo, Words
 
 
 def model(names: Sequence[str], sequence_len: int, seed: int = 0) -> RiskModel:
@@ -78,6 +79,13 @@ class FakeRegistry:
         self.moved.append(
             TrafficMove(name="risk", action=action, who=who, why=why, summary=summary, before=before, after=after)
         )
+
+    def crown(self, before: str, after: str, version: str, decision: GateDecision, words: Words) -> str:
+        reason = "; ".join(check.name for check in decision.failed)
+        if not reason:
+            self.move(before, after, **words._asdict())
+            self.aliases["champion"] = version
+        return reason
 
     def moves(self) -> list[TrafficMove]:
         return self.moved

@@ -61,7 +61,7 @@ LIBRARY_ORDER: dict[str, set[str]] = {
     "cli": BASE,
     "doctor": {"cli", "kernels", *BASE},
     "verify": {"presets_moe", "parallel", "train", *BASE},
-    "traffic_commands": {"cli", "commands", "registry", "serving.traffic", "serving.shadow", *BASE},
+    "traffic_commands": {"cli", "commands", "registry", "serving.traffic", "serving.release", "serving.shadow", *BASE},
     "commands_keys": {"cli", "serving.keys", *BASE},
     "commands": {"cli", "lineage", "report", "registry", "data", "online", "metrics", *BASE},
 }

@@ -27,6 +27,7 @@ class Run:
     def __init__(self, file: Path) -> None:
         self.file, self.now, self.labels, self.moved = file, 1_000.0, 0, 0.0
         self.champion = "1"
+        self.release, self.released_s = "", 0.0
         self.ends: list[Outcome] = []
         self.begun: list[float] = []
         self.error: Exception | None = None
@@ -42,15 +43,26 @@ class Run:
     def basis(self) -> str:
         return self.champion
 
+    def standing(self) -> str:
+        return self.release
+
+    def blocked(self) -> str:
+        return f"a release is under way: {self.release}" if self.release else ""
+
+    def begun_s(self) -> float:
+        return self.released_s
+
     def attempt(self) -> tuple[Outcome, str]:
         self.begun.append(self.now)
         outcome = self.ends.pop(0)
         if outcome == "promoted":
             self.labels = 0
+        if outcome == "released":
+            self.release, self.released_s = "version 2 is the shadow", self.now + 0.5
         return outcome, f"it was {outcome}"
 
     def loop(self) -> Loop:
-        return Loop(self, CONFIG, self.attempt, self.file, lambda: self.now)
+        return Loop(self, CONFIG, self.attempt, self.file, lambda: self.now, self)
 
     def shown(self) -> dict[str, object]:
         return json.loads(self.file.read_text())
@@ -69,7 +81,7 @@ def test_it_waits_for_labels_and_says_so(run: Run) -> None:
     run.labels, run.ends = 10, ["promoted"]
     assert loop.look().start
     assert run.shown()["message"] == "it was promoted"
-    assert run.shown()["attempts"] == {"promoted": 1, "refused": 0, "failed": 0}
+    assert run.shown()["attempts"] == {"promoted": 1, "released": 0, "refused": 0, "failed": 0}
     text = run.file.with_suffix(".prom").read_text()
     assert 'deepseek_ray_updater_attempts{outcome="promoted"} 1.0' in text
     assert "deepseek_ray_updater_failures_in_a_row 0.0" in text
@@ -99,7 +111,7 @@ def test_who_is_killed_during_an_update_backs_off_and_starts_it_again(run: Run) 
 
     run.labels, run.ends = 10, ["promoted"]
     with pytest.raises(KilledError):
-        Loop(run, CONFIG, killed, run.file, lambda: run.now).look()
+        Loop(run, CONFIG, killed, run.file, lambda: run.now, run).look()
     assert run.shown()["status"] == "updating"
     again = run.loop()
     assert not again.look().start
@@ -118,7 +130,7 @@ def test_an_update_cut_short_because_the_updater_stops_is_no_failure(run: Run, t
     paths = RunPaths(tmp_path)
     paths.updater.mkdir()
     run.labels, run.ends = 10, ["promoted"]
-    Loop(run, CONFIG, stopped, run.file, lambda: run.now).look()
+    Loop(run, CONFIG, stopped, run.file, lambda: run.now, run).look()
     assert (run.shown()["status"], run.shown()["last"]) == ("idle", None)
     assert run.loop().look().start
 
@@ -137,6 +149,47 @@ def test_another_champion_is_asked_about_labels_that_were_refused(run: Run) -> N
     assert run.loop().look().start
     run.now += 5.0
     run.champion = "2"
+    assert run.loop().look().start
+
+
+def test_while_a_release_is_under_way_no_other_update_begins(run: Run) -> None:
+    run.labels, run.ends = 10, ["released", "promoted"]
+    assert run.loop().look().start
+    run.now, run.labels = 5_000.0, 100
+    loop = run.loop()
+    assert loop.look().reason == "a release is under way: version 2 is the shadow"
+    shown = run.shown()
+    assert (shown["status"], shown["release"], shown["attempts"]["released"]) == ("releasing", run.release, 1)  # type: ignore[index]
+    assert "deepseek_ray_updater_releasing 1.0" in run.file.with_suffix(".prom").read_text()
+    run.release, run.champion, run.labels = "", "2", 10
+    assert loop.look().start, "its version is champion: what waits now is new"
+
+
+def test_labels_of_a_release_that_was_taken_back_wait_for_others(run: Run) -> None:
+    run.labels, run.ends = 15, ["released", "released"]
+    loop = run.loop()
+    assert loop.look().start
+    run.now, run.release = 5_000.0, ""
+    assert not loop.look().start
+    run.labels = 25
+    assert loop.look().start
+
+
+def test_who_is_killed_right_after_a_release_began_does_not_begin_it_again(run: Run) -> None:
+    class KilledError(Exception):
+        pass
+
+    def killed() -> tuple[Outcome, str]:
+        run.released_s = run.now + 0.5
+        raise KilledError
+
+    run.labels = 15
+    with pytest.raises(KilledError):
+        Loop(run, CONFIG, killed, run.file, lambda: run.now, run).look()
+    run.now = 5_000.0  # it was taken back before anybody looked again
+    assert not run.loop().look().start
+    assert run.shown()["last"] == {"at_s": 1_000.5, "outcome": "released", "waiting": 15, "failures": 0, "basis": "1"}
+    run.labels, run.ends = 25, ["released"]
     assert run.loop().look().start
 
 
@@ -164,7 +217,7 @@ def test_an_update_that_cannot_start_is_tried_again_also_where_no_state_can_be_w
         raise OSError(errno.ENOSPC, "no space")
 
     run.labels, run.ends = 10, ["promoted"]
-    loop = Loop(run, CONFIG, full, run.file, lambda: run.now)  # type: ignore[arg-type]
+    loop = Loop(run, CONFIG, full, run.file, lambda: run.now, run)  # type: ignore[arg-type]
     with monkeypatch.context() as disk:
         disk.setattr(loop_module, "replace_text", full)
         assert not loop.look().start

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from deepseek_ray import cli, commands, traffic_commands
+from deepseek_ray.config import ReleaseConfig
 from deepseek_ray.registry import InputSchema
+from deepseek_ray.serving.release import start
 from deepseek_ray.serving.traffic import TrafficPolicy
 from tests.unit.registry_parts import FakeRegistry, model
 
@@ -124,6 +126,36 @@ def test_rollback_gives_all_to_the_champion_and_keeps_the_shadow(registry: FakeR
     assert policy(registry).shadow is not None
     assert run("rollback") == 0
     assert len(registry.moved) == 2
+
+
+def released(registry: FakeRegistry, *, canary: bool = False) -> None:
+    made = start(policy(registry), "2", "1", ReleaseConfig())
+    registry.traffic = (made.begun() if canary else made).model_dump_json()
+    registry.aliases |= {"canary": "2", "shadow": "2"}
+
+
+def test_a_release_is_shown_and_ended_as_a_whole(registry: FakeRegistry, capsys: pytest.CaptureFixture[str]) -> None:
+    released(registry)
+    assert run("show") == 0
+    assert "release     version 2 is the shadow since" in capsys.readouterr().out
+    assert run("rollback", "--note", "complaints") == 0
+    assert (policy(registry).release, policy(registry).shadow) == (None, None)
+    assert registry.moved[-1].summary == "champion 100 %, shadow (version 2) -> champion 100 %"
+
+
+def test_by_hand_a_release_is_given_more_or_ended(registry: FakeRegistry) -> None:
+    released(registry, canary=True)
+    run("set", "canary=25", "--limit", "max_psi=0.5", "--dwell", "60")
+    now = policy(registry)
+    assert now.release is not None
+    assert now.schedule is not None
+    assert (now.arms[0].percent, now.limits.max_psi, now.schedule.dwell_s, now.next_percent) == (25.0, 0.5, 60.0, 100.0)
+    run("set", "canary@4=25")
+    assert policy(registry).release is None
+    registry.traffic = ""
+    released(registry)
+    run("set", "--shadow", "4")
+    assert policy(registry).release is None
 
 
 def test_promote_asks_the_gate_and_then_ends_the_arm(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
