@@ -1,29 +1,21 @@
 """A copy of the version that served last: what is served when the registry is away or its champion torn.
 
-last_good/current.json     which version, its run and threshold
-last_good/<version>-<n>/   its package, as in the registry: checksums and probes are checked when it is loaded
+The package is copied as it is in the registry: checksums and probes are checked when it is loaded.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from deepseek_ray.errors import ModelFormatError, RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
-from deepseek_ray.paths import replace_text, sync
 from deepseek_ray.registry import Registry, VersionInfo, load_package
-from deepseek_ray.registry.package import MANIFEST
 from deepseek_ray.serving.champion import champion_version, load_version
+from deepseek_ray.serving.kept_folder import KeptFolder
 
 logger = get_logger(__name__)
-
-CURRENT = "current.json"
 
 
 class LastGood:
@@ -34,39 +26,17 @@ class LastGood:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._kept = KeptFolder(folder)
 
     def exists(self) -> bool:
         """True when a version was kept."""
-        return (self._folder / CURRENT).is_file()
+        return self._kept.exists()
 
     def keep(self, info: VersionInfo) -> None:
-        """Copy a version that has loaded and serves; the older copy stays until the new one is whole.
-
-        Raises:
-            OSError: the disk is full or read-only.
-        """
-        if self._holds(info):
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        copy = self._folder / f"{info.version}-{time.time_ns():x}-{os.getpid()}"
-        shutil.copytree(info.path, copy)
-        for one in [copy, *copy.rglob("*")]:
-            sync(one)  # before it is pointed at: the older copy goes
-        note = {"name": info.name, "version": info.version, "run_id": info.run_id, "folder": copy.name}
-        text = json.dumps({**note, "tags": {key: info.tags[key] for key in ("threshold",) if key in info.tags}})
-        replace_text(self._folder / CURRENT, text)
-        for old in self._folder.iterdir():
-            if old.is_dir() and old != copy:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def _holds(self, info: VersionInfo) -> bool:
-        try:
-            note = json.loads((self._folder / CURRENT).read_text(encoding="utf-8"))
-            same = (self._folder / note["folder"] / MANIFEST).read_bytes() == (info.path / MANIFEST).read_bytes()
-        except (OSError, ValueError, KeyError):
-            return False
-        return same and note["version"] == info.version
+        """Copy a version that has loaded and serves; raises like :meth:`KeptFolder.put`."""
+        tags = {key: info.tags[key] for key in ("threshold",) if key in info.tags}
+        note = {"name": info.name, "version": info.version, "run_id": info.run_id, "tags": tags}
+        self._kept.put(info.path, info.version, note)
 
     def load(self) -> tuple[VersionInfo, RiskModel]:
         """The kept version, verified like one of the registry.
@@ -74,12 +44,7 @@ class LastGood:
         Raises:
             ModelFormatError: nothing was kept, or the copy is torn.
         """
-        file = self._folder / CURRENT
-        try:
-            note = json.loads(file.read_text(encoding="utf-8"))
-            path = self._folder / str(note.pop("folder"))
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelFormatError(f"No last good version can be read from {str(file)!r}: {error}.") from error
+        note, path = self._kept.read()
         package = load_package(path)
         if not isinstance(package.model, RiskModel):
             raise ModelFormatError(f"The last good version is a {type(package.model).__name__}.")

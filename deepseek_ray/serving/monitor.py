@@ -37,6 +37,7 @@ class HttpMonitor:
         self.stage = self._histogram("stage_seconds", "Time a batch spends in each stage.", _STAGE_S, "stage")
         self.batch_size = self._histogram(f"batch_{unit}", f"{unit.capitalize()} a batch.", _SIZES)
         self.model = self._gauge("model_info", "1 for the version that serves.", "name", "version", "run_id")
+        self.swaps = self._counter("model_swaps", "Swaps of the live model.", "outcome")
         self._queue = self._gauge(f"queued_{unit}", f"{unit.capitalize()} that wait for the worker.")
         self.shed = self._counter("shed_requests", "Requests turned away under load, by reason.", "reason")
         self._age = self._gauge("queue_age_seconds", f"How long the oldest of the {unit} has waited.")
@@ -63,6 +64,11 @@ class HttpMonitor:
     def _series(self, route: str, status: int) -> tuple[Counter, Histogram]:
         return self.requests.labels(route, str(status)), self.latency.labels(route)
 
+    def show_version(self, name: str, version: str, run_id: str) -> None:
+        """Name the version that serves from now on."""
+        self.model.clear()
+        self.model.labels(name, version, run_id).set(1)
+
     def watch_queue(self, queue: BatchQueue[Any]) -> None:
         """Read the queue and its control whenever the metrics are read."""
         control = queue.control
@@ -86,6 +92,15 @@ class HttpMonitor:
         return generate_latest(self.registry)
 
 
+class ModelMonitor(HttpMonitor):
+    """All metrics of a model server."""
+
+    def __init__(self) -> None:
+        super().__init__("records")
+        self.refused = self._gauge("version_refused", "1 while the alias names a version that cannot serve here.")
+        self.fallback = self._gauge("last_good_serves", "1 while the kept copy of the last good version serves.")
+
+
 class Monitor(HttpMonitor):
     """All metrics of the risk service."""
 
@@ -96,7 +111,6 @@ class Monitor(HttpMonitor):
         self.cold = self._counter("cold_keys", "Keys scored without history.", "key")
         self.degraded = self._counter("degraded", "Scores given while histories could not be read.")
         self.feedback = self._counter("feedback", "Labels received.", "is_fraud", "outcome")
-        self.swaps = self._counter("model_swaps", "Swaps of the live model.", "outcome")
         self.threshold = self._gauge("decision_threshold", "Review at or above this probability.")
         self.pending = self._gauge("state_write_failures", "1 while feature state waits to be written.")
         self.unlogged = self._gauge("log_write_failures", "1 while the prediction log cannot be written.")
@@ -109,6 +123,5 @@ class Monitor(HttpMonitor):
 
     def show_model(self, name: str, version: str, run_id: str, threshold: float) -> None:
         """Name the version that serves from now on."""
-        self.model.clear()
-        self.model.labels(name, version, run_id).set(1)
+        self.show_version(name, version, run_id)
         self.threshold.set(threshold)

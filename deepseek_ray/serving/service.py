@@ -35,6 +35,7 @@ from deepseek_ray.serving.commands import Command, LiveModel, Result, TaskComman
 from deepseek_ray.serving.compaction import Compactor
 from deepseek_ray.serving.deadline import Patience
 from deepseek_ray.serving.drift_watch import DriftWatch
+from deepseek_ray.serving.follower import Reopening
 from deepseek_ray.serving.keys import file_of
 from deepseek_ray.serving.last_good import LastGood, start_version
 from deepseek_ray.serving.live_features import LiveFeatures
@@ -280,20 +281,6 @@ def _alone(paths: RunPaths) -> AbstractContextManager[None]:
     problem = f"Another service has the run {str(paths.root)!r} open: feature state and prediction log have one writer."
     fix = "stop the other service, or serve another run with --run"
     return exclusive(folder, problem, fix, name=".writer", wait_s=PREDECESSOR_S)
-
-
-class Reopening:
-    """Opens the registry when it is first asked for, and again as long as it is away."""
-
-    def __init__(self, open_registry: Callable[[], Registry]) -> None:
-        self._open = open_registry
-        self._registry: Registry | None = None
-
-    def __call__(self) -> Registry:
-        """The open registry; raises like ``Registry.open``."""
-        if self._registry is None:
-            self._registry = self._open()
-        return self._registry
 
 
 def open_app(run: str, settings: dict[str, object], key: str) -> RiskApp:

@@ -6,21 +6,18 @@ comes is loaded, so that in memory there is what serves, and one model more whil
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
-from deepseek_ray.errors import ConfigError, FeatureError, ModelFormatError, RegistryError, RegistryUnavailableError
+from deepseek_ray.errors import ConfigError, ModelFormatError, RegistryError, RegistryUnavailableError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
-from deepseek_ray.periodic import Periodic
 from deepseek_ray.registry import CHAMPION, Registry, Standing, VersionInfo
 from deepseek_ray.serving.arm_metrics import ArmMetrics, ArmTally
 from deepseek_ray.serving.arms import ArmPlan, LiveArm
 from deepseek_ray.serving.champion import InputContract, load_version, to_live, warm_up
 from deepseek_ray.serving.commands import LiveModel
+from deepseek_ray.serving.follower import AliasFollower, RefusedError
 from deepseek_ray.serving.monitor import Monitor
 from deepseek_ray.serving.predictor import Predictor
 from deepseek_ray.serving.traffic import NO_TRAFFIC, Arm, Shadow, TrafficPolicy
@@ -29,10 +26,6 @@ logger = get_logger(__name__)
 
 FIRST_LOOK_S = 30.0
 """A registry that does not answer holds a start up for so long at most."""
-
-
-class _RefusedError(Exception):
-    """A version cannot serve, and why."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Hooks:
     hand_over: Callable[[VersionInfo, RiskModel, LiveModel], InputContract] | None = None
 
 
-class RegistryWatcher(Periodic):
+class RegistryWatcher(AliasFollower):
     """Polls the registry in the background.
 
     A version that does not load or does not fit keeps the present one serving, and ``refused`` says why.
@@ -79,24 +72,17 @@ class RegistryWatcher(Periodic):
         metrics: ArmMetrics,
         poll_s: float,
     ) -> None:
-        super().__init__("following the registry", poll_s, self.check)
+        super().__init__(monitor.swaps, poll_s)
         self._registry = registry
         self._contract = contract
         self._predictor = predictor
         self._hooks = hooks
         self._monitor = monitor
         self._metrics = metrics
-        self._refused: tuple[str, str] = ("", "")
         self._confirmed = ""
         self._followed: tuple[object, ...] = ()
         self._torn: dict[str, str] = {}
         self.arm_refusals: dict[str, str] = {}
-        self._looked = threading.Event()
-
-    @property
-    def refused(self) -> str:
-        """Why the present champion is not the version that serves, or ""."""
-        return self._refused[1]
 
     def start(self, wait_s: float = FIRST_LOOK_S) -> None:
         """Look once, wait for that, and go on polling: the first request meets the arms that the policy names."""
@@ -111,38 +97,24 @@ class RegistryWatcher(Periodic):
             RegistryError: the registry is away.
         """
         standing = self._registry().standing()
-        self._follow_champion(standing.aliases.get(CHAMPION))
+        version = standing.aliases.get(CHAMPION)
+        self.follow(version, self._predictor.live.version)
+        if version is not None and version == self._predictor.live.version and version != self._confirmed:
+            self._confirm(self._registry().get(version))
         self._metrics.champion_refused.set(bool(self.refused))
         self._follow_traffic(standing)
 
-    def _follow_champion(self, version: str | None) -> None:
-        if version is None or version == self._predictor.live.version:
-            self._refused = ("", "")
-            if version is not None and version != self._confirmed:
-                self._confirm(self._registry().get(version))
-            return
-        if version == self._refused[0]:
-            return
-        try:
-            info = self._crown(version)
-        except (_RefusedError, ModelFormatError, FeatureError) as error:
-            self._refused = (version, str(error))
-            self._monitor.swaps.labels("refused").inc()
-            logger.error("%s", error)
-            return
-        self._refused = ("", "")
-        self._monitor.swaps.labels("swapped").inc()
-        self._confirm(info)
-        logger.info("version %s serves now", version)
+    def take_over(self, version: str) -> None:
+        """Let a version serve as champion; one that reads other features by way of a handover."""
+        self._confirm(self._crown(version))
 
     def _crown(self, version: str) -> VersionInfo:
-        """Let a version serve as champion; one that reads other features by way of a handover."""
         if self._predictor.crown(version):  # the canary that became champion is here already
             return self._registry().get(version)
         info, model = load_version(self._registry(), version)
         refusal = self._contract.refusal(info, model.config.label_delay_days)
         if refusal and self._hooks.hand_over is None:
-            raise _RefusedError(f"version {version} needs a restart of the service: {refusal}")
+            raise RefusedError(f"version {version} needs a restart of the service: {refusal}")
         live = self._live(info, model)
         if refusal and self._hooks.hand_over is not None:
             self._contract = self._hooks.hand_over(info, model, live)
@@ -206,7 +178,7 @@ class RegistryWatcher(Periodic):
             return loaded.get(version) or self._load_arm(version)
         except RegistryUnavailableError:
             raise
-        except (_RefusedError, ModelFormatError, RegistryError) as error:
+        except (RefusedError, ModelFormatError, RegistryError) as error:
             self._torn[version] = self.arm_refusals[name] = str(error)
             self._monitor.swaps.labels("refused").inc()
             logger.error("the %s cannot serve: %s", name, error)
@@ -245,7 +217,7 @@ class RegistryWatcher(Periodic):
         info, model = load_version(self._registry(), version)
         refusal = self._contract.refusal(info, model.config.label_delay_days)
         if refusal:
-            raise _RefusedError(f"version {version} reads other features than the champion: {refusal}")
+            raise RefusedError(f"version {version} reads other features than the champion: {refusal}")
         return self._live(info, model)
 
     def _live(self, info: VersionInfo, model: RiskModel) -> LiveModel:
@@ -269,14 +241,3 @@ class RegistryWatcher(Periodic):
         if policy != NO_TRAFFIC:
             shown = ", ".join(f"{arm.alias} (version {arm.live.version}) {arm.percent:g} %" for arm in plan.arms)
             logger.info("traffic: %s; champion %g %%", shown or "no arm", rest)
-
-    def _run(self) -> None:
-        torch.set_num_threads(1)
-        self._once()  # a replica that Serve restarts goes on with the policy of the one before
-        self._looked.set()
-        super()._run()
-
-    def failed(self, *, again: bool) -> None:
-        """The registry is away, say: what serves goes on serving."""
-        self._monitor.swaps.labels("failed").inc()
-        super().failed(again=again)

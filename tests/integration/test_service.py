@@ -28,7 +28,8 @@ from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
 from deepseek_ray.serving import drift_watch
 from deepseek_ray.serving import service as service_module
-from deepseek_ray.serving.service import REHEARSAL, Reopening, RiskService, open_app
+from deepseek_ray.serving.follower import Reopening
+from deepseek_ray.serving.service import REHEARSAL, RiskService, open_app
 from tests.served_run import DELAY_DAYS, SEQUENCE_LEN, ServedRun, add_version, make_run, register_version
 from tests.stores import redis_server
 from tests.unit.test_prediction_log import row

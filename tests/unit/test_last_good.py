@@ -12,8 +12,9 @@ from deepseek_ray.errors import ModelFormatError, RegistryError, RegistryUnavail
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema
 from deepseek_ray.registry.package import Probes, write_package
-from deepseek_ray.serving import last_good as module
-from deepseek_ray.serving.last_good import CURRENT, LastGood, start_version
+from deepseek_ray.serving import kept_folder as module
+from deepseek_ray.serving.kept_folder import CURRENT
+from deepseek_ray.serving.last_good import LastGood, start_version
 from serve_apps import risk
 from tests.unit.registry_parts import FakeRegistry, model
 
@@ -82,24 +83,24 @@ def test_the_program_starts_without_a_registry_only_where_a_copy_is(
 def test_a_torn_copy_is_never_served(kept: tuple[LastGood, FakeRegistry]) -> None:
     last_good, registry = kept
     registry.away = True
-    weights = next(last_good._folder.glob("7-*/model.safetensors"))
+    weights = next(last_good._kept._folder.glob("7-*/model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     with pytest.raises(ModelFormatError, match="SHA-256"):
         start_version(lambda: registry, last_good)  # type: ignore[arg-type,return-value]
-    (last_good._folder / CURRENT).write_text("{")
+    (last_good._kept._folder / CURRENT).write_text("{")
     with pytest.raises(ModelFormatError, match="No last good version"):
         last_good.load()
 
 
 def test_one_copy_is_kept_and_only_a_new_version_is_copied(kept: tuple[LastGood, FakeRegistry], package: Path) -> None:
     last_good, registry = kept
-    copies = sorted(last_good._folder.glob("*-*"))
+    copies = sorted(last_good._kept._folder.glob("*-*"))
     last_good.keep(registry.get("7"))
-    assert sorted(last_good._folder.glob("*-*")) == copies
+    assert sorted(last_good._kept._folder.glob("*-*")) == copies
     registry.add("8", None, SCHEMA, package)
     last_good.keep(registry.get("8"))
-    assert [path.name.split("-")[0] for path in last_good._folder.glob("*-*")] == ["8"]
-    assert json.loads((last_good._folder / CURRENT).read_text())["version"] == "8"
+    assert [path.name.split("-")[0] for path in last_good._kept._folder.glob("*-*")] == ["8"]
+    assert json.loads((last_good._kept._folder / CURRENT).read_text())["version"] == "8"
 
 
 def test_a_copy_is_on_disk_before_it_is_pointed_at(
