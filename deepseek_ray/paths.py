@@ -77,6 +77,11 @@ class RunPaths:
         return self.root / "serving" / "last_good"
 
     @property
+    def kept_models(self) -> Path:
+        """Copies of the versions that model servers served last, a folder each."""
+        return self.root / "serving" / "models"
+
+    @property
     def shadow_scores(self) -> Path:
         """SQLite table of what the shadow scored."""
         return self.root / "serving" / "shadow.db"

@@ -13,15 +13,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from deepseek_ray.cli import add_settings, guarded
 from deepseek_ray.config import Config
+from deepseek_ray.errors import RegistryUnavailableError
 from deepseek_ray.logs import keep_in
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.keys import file_of
-from deepseek_ray.serving.model_service import Target, find, is_uri
+from deepseek_ray.serving.model_kept import Following, KeptModel
+from deepseek_ray.serving.model_target import Target, alias_of, find, is_uri
 from serve_apps import ingress, terminal
 
 
@@ -35,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = terminal.with_ports(terminal.with_certificate(config, paths))
     ingress.prepare(config.serving.host, config.serving.port, config.stores.gcs_store)
     with tempfile.TemporaryDirectory(prefix="deepseek-ray-model-") as folder:
-        target = _find(options, config, paths, elsewhere, Path(folder))
         key_file = str(file_of(paths.root, config.serving.api_keys_file))
+        store, known = _store(config, paths, elsewhere, Path(folder))
+        target, following = _find(options, store, known, Path(folder))
+        told = asdict(following) if following else None
         log = paths.replica_log.with_name(f"model-{target.name}.log") if paths.root.is_dir() else None
-        build_arguments = (asdict(target), config.model_dump(), options.device, key, key_file, str(log or ""))
+        build_arguments = (asdict(target), store.model_dump(), options.device, key, key_file, told, str(log or ""))
         http = terminal.http_options(config.serving)
         start = functools.partial(ingress.start, build, *build_arguments, host=config.serving.host, http=http)
         terminal.serve(f"{target.name!r} of {target.source}", config, start, log=log)
@@ -46,7 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build(
-    target: dict[str, str], settings: dict[str, object], device: str, key: str, key_file: str, log: str
+    target: dict[str, Any],
+    settings: dict[str, Any],
+    device: Any,
+    key: str,
+    key_file: str,
+    following: dict[str, str] | None,
+    log: str,
 ) -> object:
     """The ASGI application; called inside the replica."""
     from deepseek_ray.serving.model_service import open_app  # seconds of imports that the driver does without
@@ -54,15 +65,31 @@ def build(
     if log:
         with suppress(OSError):  # a store may be read-only; Ray keeps the lines too
             keep_in(Path(log))
-    return open_app(target, settings, device, key, key_file)
+    return open_app(target, settings, device, key, key_file, following)
 
 
-def _find(options: argparse.Namespace, config: Config, paths: RunPaths, elsewhere: str, cache: Path) -> Target:
-    """Make the model's files local; what is wrong with them is said here, where it is short, not by the replica."""
+def _store(config: Config, paths: RunPaths, elsewhere: str, folder: Path) -> tuple[Config, RunPaths]:
+    """The store that knows the model, and the run that its files are kept in; elsewhere there is none."""
     if not elsewhere:
-        return find(options.model, paths=paths, stores=config.stores, cache=cache, name=options.name)
+        return config, paths
     stores = config.stores.model_copy(update={"tracking_uri": elsewhere})
-    return find(options.model, paths=RunPaths(cache), stores=stores, cache=cache, name=options.name)
+    return config.model_copy(update={"stores": stores}), RunPaths(folder)
+
+
+def _find(options: argparse.Namespace, config: Config, paths: RunPaths, cache: Path) -> tuple[Target, Following | None]:
+    """Make the model's files local; what is wrong with them is said here, where it is short, not by the replica."""
+    named = alias_of(options.model)
+    folder = paths.kept_models / "@".join(named or ())
+    kept = KeptModel(folder)
+    following = Following(str(paths.root), str(folder), kept.seen) if named else None
+    try:
+        return find(options.model, paths=paths, stores=config.stores, cache=cache, name=options.name), following
+    except RegistryUnavailableError as error:
+        last = kept.target(options.name or named[0]) if named else None
+        if last is None or following is None:
+            raise
+        print(f"the version that served last is served again: {error}", file=sys.stderr, flush=True)
+        return last, replace(following, fallback=str(error))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from deepseek_ray.errors import ModelFormatError, RegistryError
 from deepseek_ray.registry.columns import COLUMN_TYPES, Column
 
 DESCRIPTION = "MLmodel"
+MAX_EXAMPLE_ROWS = 8
 OWN_LOADER = "deepseek_ray.registry.pyfunc"
 SAFE_LOADERS: dict[str, re.Pattern[str]] = {
     "mlflow.lightgbm": re.compile(r"lightgbm\.basic\.Booster"),
@@ -48,6 +49,7 @@ class ForeignModel:
 
     Attributes:
         columns: its input.
+        outputs: its signature's output in MLflow's words, "" where it names none.
 
     Raises:
         ModelFormatError: it is none, its loader is not in SAFE_LOADERS, it holds a pickle or code, or names no columns.
@@ -57,6 +59,7 @@ class ForeignModel:
     def __init__(self, folder: Path) -> None:
         self.loader = check_safe(folder)
         self.columns = _columns(folder)
+        self._folder, self.outputs = folder, _outputs(folder)
         self._types = {column.name: _dtype(column) for column in self.columns}
         with _no_pickles():
             try:
@@ -74,6 +77,24 @@ class ForeignModel:
         if isinstance(found, pd.DataFrame):
             return [dict(row) for row in found.to_dict(orient="records")]
         return list(np.asarray(found).tolist())
+
+    def example(self) -> dict[str, list[Any]] | None:
+        """Columns of the input example that was logged with the model; None where there is none of named columns.
+
+        Raises:
+            ModelFormatError: it cannot be read, or lacks a column of the signature.
+        """
+        try:
+            found = Model.load(str(self._folder)).load_input_example(str(self._folder))
+        except (MlflowException, OSError, ValueError, KeyError) as error:
+            raise _no_example(self._folder, f"cannot be read: {error}") from error
+        if not isinstance(found, pd.DataFrame) or found.empty:
+            return None
+        lacking = [column.name for column in self.columns if column.required and column.name not in found]
+        if lacking:
+            raise _no_example(self._folder, f"lacks column {lacking[0]!r}")
+        rows = found.head(MAX_EXAMPLE_ROWS).reindex(columns=[column.name for column in self.columns])
+        return {str(name): values.astype(object).where(values.notna(), None).tolist() for name, values in rows.items()}
 
 
 def check_safe(folder: Path) -> str:
@@ -155,6 +176,17 @@ def _input_schema(folder: Path) -> Schema | None:
     except (MlflowException, ValueError, TypeError, KeyError) as error:
         raise ModelFormatError(f"The MLmodel of {str(folder)!r} is broken: {error}.", fix="log it again") from error
     return signature.inputs if signature is not None else None
+
+
+def _outputs(folder: Path) -> str:
+    signature = Model.load(str(folder)).signature
+    return str(signature.outputs) if signature is not None and signature.outputs is not None else ""
+
+
+def _no_example(folder: Path, why: str) -> ModelFormatError:
+    return ModelFormatError(
+        f"The input example of the model in {str(folder)!r} {why}.", fix="log the model again with an input_example"
+    )
 
 
 def _column(folder: Path, item: ColSpec) -> Column:

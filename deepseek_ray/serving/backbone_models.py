@@ -18,6 +18,7 @@ from deepseek_ray.models.backbone import Backbone
 from deepseek_ray.models.generation import complete, next_log_probs
 from deepseek_ray.registry.columns import Column
 from deepseek_ray.serving.model_records import Batch
+from deepseek_ray.serving.model_rehearsal import Example
 from deepseek_ray.serving.problem import FieldErrors, field_error
 
 MAX_CANDIDATES = 100
@@ -79,6 +80,10 @@ class Language:
         best = [scores[row].topk(min(n or 5, scores.shape[1])) for row, n in enumerate(batch.columns["candidates"])]
         return [self._answer(top, tokens) for top, tokens in zip(best, new, strict=True)]
 
+    def example(self) -> Example:
+        rows = self._inputs.example() | {"max_new_tokens": [1], "candidates": [None]}
+        return Example(Batch(rows, 1))
+
     def _answer(self, top: Any, tokens: list[int]) -> dict[str, Any]:
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         found: dict[str, Any] = {"next": [{"token": token, "log_probability": value} for token, value in pairs]}
@@ -118,6 +123,9 @@ class Classes:
                 answers[row] = {"probabilities": share, "class": int(np.argmax(share))}
         return answers
 
+    def example(self) -> Example:
+        return Example(Batch(self._inputs.example(), 1))
+
     def _by_shape(self, inputs: Sequence[Any]) -> list[tuple[list[int], torch.Tensor]]:
         """Rows of one shape together: the head takes the mean over all positions, so none may be padding."""
         weight = next(self._model.parameters())
@@ -138,6 +146,7 @@ class Inputs(Protocol):
 
     def check(self, batch: Batch) -> None: ...
     def read(self, batch: Batch) -> list[list[Any]]: ...
+    def example(self) -> dict[str, list[Any]]: ...
 
 
 class Tokens:
@@ -180,6 +189,10 @@ class Tokens:
         pairs = zip(batch.columns["text"], batch.columns["tokens"], strict=True)
         return [tokens if text is None else [START, *text.encode("utf-8", "replace")] for text, tokens in pairs]
 
+    def example(self) -> dict[str, list[Any]]:
+        """A row of one token."""
+        return {"text": [None], "tokens": [[0]]} if self.bytewise else {"tokens": [[0]]}
+
 
 class Numbers:
     """``events``: S vectors of C numbers; or ``volume``: C channels of Z x Y x X voxels, edges of whole patches."""
@@ -191,6 +204,8 @@ class Numbers:
         edge = (self._patch, None)
         sizes = ((1, self._longest), channels) if self._name == "events" else (channels, edge, edge, edge)
         self.columns: tuple[Column, ...] = (Column(self._name, "double", sizes=sizes),)
+        shape = (1, channels[0]) if self._name == "events" else (channels[0], *(self._patch,) * 3)
+        self._smallest = np.zeros(shape).tolist()
 
     def check(self, batch: Batch) -> None:
         if self._name == "events":
@@ -206,6 +221,10 @@ class Numbers:
     def read(self, batch: Batch) -> list[list[Any]]:
         """Each row's numbers."""
         return batch.columns[self._name]
+
+    def example(self) -> dict[str, list[Any]]:
+        """The smallest row that fits, of zeros."""
+        return {self._name: [self._smallest]}
 
     def _problem(self, volume: Any) -> str:
         try:

@@ -3,90 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-import orjson
-
-from deepseek_ray.logs import get_logger
 from deepseek_ray.serving import openapi
 from deepseek_ray.serving.asgi import AsgiApp, Receive, Response, Routes, Scope, json_response, read_body
 from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.deadline import NO_HURRY, Patience
-from deepseek_ray.serving.model_kinds import ServedModel
 from deepseek_ray.serving.model_records import Batch, Records
+from deepseek_ray.serving.model_slot import Answers, ModelSlot
 from deepseek_ray.serving.monitor import HttpMonitor
-
-logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What is served, in words.
-
-    Args:
-        name: in the routes.
-        version: number in the registry, or "".
-        run_id: the run that made it, or "".
-        source: URI or folder, as it was named.
-    """
-
-    name: str
-    version: str
-    run_id: str
-    source: str
-
-
-class ModelWork:
-    """Runs batches on the model; a batch that fails is run request by request, so that one cannot fail another."""
-
-    def __init__(self, model: ServedModel, monitor: HttpMonitor) -> None:
-        self._model, self._monitor = model, monitor
-
-    def run(self, requests: Sequence[Batch]) -> list[Sequence[Any] | Exception]:
-        """Each request's answers, or what went wrong with it."""
-        try:
-            return self._together(requests)
-        except Exception as error:
-            if len(requests) == 1:
-                return [error]
-            logger.warning("a batch of %d requests failed (%s); they run one by one", len(requests), error)
-            return [result for request in requests for result in self.run([request])]
-
-    def _together(self, requests: Sequence[Batch]) -> list[Sequence[Any] | Exception]:
-        batch = Batch.joined(requests)
-        with self._monitor.timed("model"):
-            answers = self._model.predict(batch)
-        assert len(answers) == batch.num_rows, f"{len(answers)} answers for {batch.num_rows} rows"
-        self._monitor.batch_size.observe(batch.num_rows)
-        parts: list[Sequence[Any] | Exception] = []
-        start = 0
-        for request in requests:
-            parts.append(answers[start : start + request.num_rows])
-            start += request.num_rows
-        return parts
 
 
 class ModelApp(AsgiApp):
     """ASGI application of one model.
 
     Args:
-        model: loaded.
-        identity: what it is.
-        batcher: in front of a :class:`ModelWork` of the model.
+        slot: the version that serves; each takes the records that the first one takes.
+        batcher: in front of a :class:`ModelWork` of the slot.
         max_rows: records a request.
         max_body_bytes: of a request.
         patience: deadlines of requests that name none.
         shutdown: called once when the server stops.
+        standing: how this replica came to its version, for its description.
     """
 
     def __init__(
         self,
-        model: ServedModel,
-        identity: ModelIdentity,
-        batcher: Batcher[Batch, Sequence[Any]],
+        slot: ModelSlot,
+        batcher: Batcher[Batch, Answers],
         keys: Keyring,
         monitor: HttpMonitor,
         *,
@@ -94,16 +41,12 @@ class ModelApp(AsgiApp):
         max_body_bytes: int,
         shutdown: Callable[[], None],
         patience: Patience = NO_HURRY,
+        standing: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self._model, self._identity, self._batcher = model, identity, batcher
-        self._records = Records(model.columns, max_rows)
+        self._slot, self._batcher, self._standing = slot, batcher, standing
+        self._records = Records(slot.live.model.columns, max_rows)
         self._max_body_bytes, self._patience = max_body_bytes, patience
-        self._head = b'{"model":%b,"version":%b,"predictions":' % (
-            orjson.dumps(identity.name),
-            orjson.dumps(identity.version),
-        )
-        self._path = f"/v1/models/{identity.name}"
-        self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._path = f"/v1/models/{slot.live.identity.name}"
         routes: Routes = {
             f"{self._path}/predict": {"POST": self._predict},
             self._path: {"GET": self._metadata},
@@ -114,7 +57,7 @@ class ModelApp(AsgiApp):
     async def _predict(self, scope: Scope, receive: Receive) -> Response:
         received_s = time.perf_counter()
         batch = self._records.parse(await read_body(scope, receive, self._max_body_bytes))
-        self._model.check(batch)
+        self._slot.live.model.check(batch)
         scope["grant"].bucket.charge(batch.num_rows - 1)
         answers = await self._batcher.submit(
             batch,
@@ -122,18 +65,20 @@ class ModelApp(AsgiApp):
             arrived_s=received_s,
             deadline_s=self._patience.deadline_s(scope["headers"], received_s, batch.num_rows),
         )
-        return Response(200, self._head + orjson.dumps(list(answers)) + b"}")
+        return Response(200, answers.body())
 
     async def _metadata(self, scope: Scope, receive: Receive) -> Response:
-        inputs = [asdict(column) for column in self._model.columns]
-        about = {**asdict(self._identity), **self._model.facts, "since": self._since}
-        return json_response({**about, "inputs": inputs, "answer": dict(self._model.answer)})
+        live = self._slot.live
+        inputs = [asdict(column) for column in live.model.columns]
+        about = {**asdict(live.identity), **live.model.facts, "since": live.since, **self._standing()}
+        return json_response({**about, "inputs": inputs, "answer": dict(live.model.answer)})
 
     async def _readyz(self, scope: Scope, receive: Receive) -> Response:
-        return json_response({"status": "ready", "model_version": self._identity.version})
+        return json_response({"status": "ready", "model_version": self._slot.live.identity.version})
 
     def _describe(self) -> dict[str, Any]:
-        return describe(self._identity.name, self._path, self._records.json_schema(), self._model.answer)
+        live = self._slot.live
+        return describe(live.identity.name, self._path, self._records.json_schema(), live.model.answer)
 
 
 def describe(name: str, path: str, record: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:

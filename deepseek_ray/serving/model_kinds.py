@@ -19,9 +19,13 @@ from deepseek_ray.registry.pyfunc import SEQUENCE_COLUMN, stack_sequences
 from deepseek_ray.serving.backbone_models import serve_backbone
 from deepseek_ray.serving.model_folder import ModelFolder
 from deepseek_ray.serving.model_records import Batch
+from deepseek_ray.serving.model_rehearsal import Example
 
 Device = Literal["auto", "cpu", "cuda"]
 _NUMBER = {"type": "number"}
+_MADE_UP: dict[str, Any] = {
+    "double": 0.0, "float": 0.0, "long": 0, "integer": 0, "boolean": False, "string": ""
+}  # fmt: skip
 
 
 class ServedModel(Protocol):
@@ -42,6 +46,9 @@ class ServedModel(Protocol):
 
     def predict(self, batch: Batch) -> Sequence[Any]:
         """One answer a row."""
+
+    def example(self) -> Example:
+        """Rows to rehearse with."""
 
 
 def load(folder: ModelFolder, device: Device) -> ServedModel:
@@ -110,13 +117,20 @@ class RiskRows:
         probability = self._model.predict_proba(features, stack_sequences(events, self._schema))
         return [{"probability": value} for value in probability.tolist()]
 
+    def example(self) -> Example:
+        columns: dict[str, list[Any]] = {column.name: [0.0] for column in self.columns}
+        if SEQUENCE_COLUMN in columns:
+            columns[SEQUENCE_COLUMN] = [None]
+        return Example(Batch(columns, 1))
+
 
 class OtherModel:
     """An MLflow model of another library."""
 
     def __init__(self, model: ForeignModel) -> None:
         self._model, self.columns = model, model.columns
-        self.answer: Mapping[str, Any] = {"description": "what the model returns for a row"}
+        returned = f": {model.outputs}" if model.outputs else ""
+        self.answer: Mapping[str, Any] = {"description": f"what the model returns for a row{returned}"}
         self.facts: Mapping[str, Any] = {"kind": model.loader, "device": "cpu"}
 
     def check(self, batch: Batch) -> None:
@@ -124,3 +138,9 @@ class OtherModel:
 
     def predict(self, batch: Batch) -> Sequence[Any]:
         return self._model.predict(batch.columns)
+
+    def example(self) -> Example:
+        if (stored := self._model.example()) is not None:
+            return Example(Batch(stored, len(next(iter(stored.values())))))
+        made = {column.name: [_MADE_UP[column.type]] for column in self.columns}
+        return Example(Batch(made, 1), made_up=True)

@@ -35,6 +35,13 @@ class Batch:
         values = (list(chain.from_iterable(of_a_column)) for of_a_column in parts)
         return cls(dict(zip(batches[0].columns, values, strict=True)), sum(batch.num_rows for batch in batches))
 
+    def resized(self, size: int) -> Batch:
+        """The first ``size`` rows, the last one repeated where there are fewer; rows do not see each other."""
+        if size == self.num_rows:
+            return self
+        more = max(0, size - self.num_rows)
+        return Batch({name: values[:size] + values[-1:] * more for name, values in self.columns.items()}, size)
+
 
 class Records:
     """What a model's records must look like.

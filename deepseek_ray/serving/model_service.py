@@ -1,127 +1,144 @@
-"""Puts a model server together: the files that a URI or a path names, the loaded model, batcher, HTTP and gRPC."""
+"""Puts a model server together in its replica: the loaded model, follower of its alias, batcher, HTTP and gRPC."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_ray.config import Config, StoreConfig
-from deepseek_ray.errors import ConfigError
+from deepseek_ray.config import Config
 from deepseek_ray.logs import get_logger
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.serving.model_folder import Kind, ModelFolder, look_into
+from deepseek_ray.registry import Registry, Tracking
+from deepseek_ray.serving.auth import Keyring
+from deepseek_ray.serving.batch_control import BatchControl
+from deepseek_ray.serving.batching import Batcher
+from deepseek_ray.serving.deadline import Patience
+from deepseek_ray.serving.follower import Reopening
+from deepseek_ray.serving.model_app import ModelApp
+from deepseek_ray.serving.model_follower import Loader, ModelFollower, start_version
+from deepseek_ray.serving.model_kept import Following, KeptModel
+from deepseek_ray.serving.model_kinds import Device
+from deepseek_ray.serving.model_records import Batch
+from deepseek_ray.serving.model_slot import Answers, ModelSlot, ModelWork
+from deepseek_ray.serving.model_target import Target, alias_of, find
+from deepseek_ray.serving.monitor import ModelMonitor
+from deepseek_ray.serving.rpc_server import attach
+from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
 
 logger = get_logger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-
-@dataclass(frozen=True)
-class Target:
-    """A model whose files are on this machine; plain values, so that a replica can be told.
+class ModelService:
+    """One process's model server: ``app`` is its HTTP face.
 
     Args:
-        path: its files.
-        kind: what they are.
-        name: in the routes.
-        version: number in the registry, or "".
-        run_id: the run that made it, or "".
-        source: how the user named it.
-    """
+        target: the model.
+        config: limits, and the stores that know its alias.
+        device: where it computes.
+        keys: who may call.
+        following: how its alias is followed, None for a model that stays.
 
-    path: str
-    kind: Kind
-    name: str
-    version: str
-    run_id: str
-    source: str
-
-
-def find(target: str, *, paths: RunPaths, stores: StoreConfig, cache: Path, name: str = "") -> Target:
-    """Find a model and look into its folder; nothing is loaded.
-
-    Args:
-        target: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, another MLflow URI, or a folder.
-        paths: run whose store knows the URI.
-        stores: settings of the stores.
-        cache: folder for what has to be downloaded.
-        name: in the routes; by default the registered name, or the folder's.
+    Attributes:
+        slot: the version that serves.
+        follower: None for a model that stays.
 
     Raises:
-        ModelFormatError: there is no model, or none that may be loaded.
-        RegistryError: the store does not know it.
-        ConfigError: the name cannot stand in a route.
+        ModelFormatError, RegistryError: the model cannot serve, and there is no copy of one that can.
     """
-    if not is_uri(target):
-        folder = look_into(Path(target))
-        return _checked(folder, name or Path(target).resolve().name, "", "", target)
-    from deepseek_ray.registry import Tracking  # brings MLflow, whose import takes seconds
-    from deepseek_ray.registry.located import locate
 
-    tracking = Tracking.open(paths, stores, experiment="Default", create=False)
-    located = locate(target, tracking, cache)
-    return _checked(look_into(located.folder), name or located.name, located.version, located.run_id, target)
+    def __init__(
+        self, target: Target, config: Config, device: Device, keys: Keyring, following: Following | None = None
+    ) -> None:
+        serving = config.serving
+        loader = Loader(device, serving.batch_buckets)
+        found, model, fallback = start_version(target, following, loader.ready)
+        self.monitor = ModelMonitor()
+        self.slot = ModelSlot(model, found.identity, self.monitor)
+        self.batcher: Batcher[Batch, Answers] = Batcher(
+            ModelWork(self.slot, self.monitor, serving.batch_buckets).run,
+            max_batch_size=serving.max_batch_size,
+            max_queued=serving.max_queued_requests,
+            control=BatchControl(serving.max_batch_size, serving.slo_p99_ms / 1e3, serving.batch_buckets),
+        )
+        self.monitor.watch_queue(self.batcher.queue)
+        self.follower = self._follower(found, config, loader, following, fallback) if following else None
+        self.app = ModelApp(
+            self.slot,
+            self.batcher,
+            keys,
+            self.monitor,
+            max_rows=serving.max_transactions,
+            max_body_bytes=serving.max_body_bytes,
+            patience=Patience(serving.request_timeout_s, serving.slo_p99_ms / 1e3, serving.max_batch_size),
+            shutdown=self.close,
+            standing=self.follower.standing if self.follower else dict,
+        )
+        logger.info("%s (%s) serves", found.source, model.facts["kind"])
 
+    def start(self) -> None:
+        """Follow the alias, if there is one to follow."""
+        if self.follower:
+            self.follower.start()
 
-def is_uri(target: str) -> bool:
-    """Whether a model is named by an MLflow URI and not by a folder."""
-    return target.startswith(("models:/", "runs:/"))
+    def close(self) -> None:
+        """Answer what waits, and stop."""
+        if self.follower:
+            self.follower.close()
+        self.batcher.close()
 
+    def _follower(
+        self, found: Target, config: Config, loader: Loader, following: Following, fallback: str
+    ) -> ModelFollower:
+        named = alias_of(found.source)
+        assert named is not None, f"{found.source!r} names no alias"
+        paths, (name, alias) = RunPaths(Path(following.root)), named
 
-def _checked(folder: ModelFolder, name: str, version: str, run_id: str, source: str) -> Target:
-    if folder.kind == "mlflow":
-        from deepseek_ray.registry.foreign import check_safe
+        def opened() -> Registry:
+            return Registry(Tracking.open(paths, config.stores, experiment="Default", create=False), name)
 
-        check_safe(folder.path)
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} cannot stand in a route.", fix="choose a name with --name: letters, digits, . _ -")
-    return Target(str(folder.path), folder.kind, name, version, run_id, source)
+        def fetched(version: str, cache: Path) -> Target:
+            uri = f"models:/{name}/{version}"
+            return find(uri, paths=paths, stores=config.stores, cache=cache, name=found.name, source=found.source)
+
+        return ModelFollower(
+            self.slot,
+            found,
+            Reopening(opened),
+            alias,
+            fetched,
+            loader,
+            KeptModel(Path(following.kept)),
+            fallback=fallback,
+            monitor=self.monitor,
+            poll_s=config.serving.poll_registry_s,
+        )
 
 
 def open_app(
-    target: Mapping[str, Any], settings: Mapping[str, Any], device: str, key: str, key_file: str = ""
-) -> object:
+    target: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    device: Device,
+    key: str,
+    key_file: str = "",
+    following: Mapping[str, Any] | None = None,
+) -> ModelApp:
     """The HTTP application of a model, with gRPC beside it; called inside the replica.
 
     Args:
         target: a :class:`Target` as a mapping.
         settings: a ``Config`` as a mapping.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: where it computes.
         key: the environment's API key, hashed, "" where the file of keys holds others.
         key_file: path of the file of keys, "" for none.
+        following: a :class:`Following` as a mapping, None for a model that stays.
     """
-    from deepseek_ray.serving.auth import Keyring
-    from deepseek_ray.serving.batch_control import BatchControl
-    from deepseek_ray.serving.batching import Batcher
-    from deepseek_ray.serving.deadline import Patience
-    from deepseek_ray.serving.model_app import ModelApp, ModelIdentity, ModelWork
-    from deepseek_ray.serving.model_kinds import load
-    from deepseek_ray.serving.model_records import Batch
-    from deepseek_ray.serving.monitor import HttpMonitor
-    from deepseek_ray.serving.rpc_server import attach
-    from deepseek_ray.serving.slow_clients import ConnectionLimits, guard
-
-    found, config = Target(**target), Config.model_validate(settings).serving
-    model = load(ModelFolder(Path(found.path), found.kind), device)  # type: ignore[arg-type]
-    monitor = HttpMonitor("records")
-    monitor.model.labels(found.name, found.version, found.run_id).set(1)
-    work = ModelWork(model, monitor)
-    batcher: Batcher[Batch, Sequence[Any]] = Batcher(
-        work.run,
-        max_batch_size=config.max_batch_size,
-        max_queued=config.max_queued_requests,
-        control=BatchControl(config.max_batch_size, config.slo_p99_ms / 1e3, config.batch_buckets),
-    )
-    monitor.watch_queue(batcher.queue)
-    identity = ModelIdentity(found.name, found.version, found.run_id, found.source)
-    limits = {"max_rows": config.max_transactions, "max_body_bytes": config.max_body_bytes}
-    keys = Keyring(key, Path(key_file) if key_file else None, rate=config.rate_per_key, burst_s=config.rate_burst_s)
-    patience = Patience(config.request_timeout_s, config.slo_p99_ms / 1e3, config.max_batch_size)
-    app = ModelApp(model, identity, batcher, keys, monitor, **limits, patience=patience, shutdown=batcher.close)
-    attach(app, config)
-    guard(ConnectionLimits.of(config), lambda reason: monitor.shed.labels(reason).inc())
-    logger.info("%s (%s) serves", found.source, model.facts["kind"])
-    return app
+    config = Config.model_validate(settings)
+    serving = config.serving
+    keys = Keyring(key, Path(key_file) if key_file else None, rate=serving.rate_per_key, burst_s=serving.rate_burst_s)
+    follow = Following(**following) if following else None
+    service = ModelService(Target(**target), config, device, keys, follow)
+    service.start()
+    attach(service.app, serving)
+    guard(ConnectionLimits.of(serving), lambda reason: service.monitor.shed.labels(reason).inc())
+    return service.app

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,7 +22,7 @@ from deepseek_ray.client import Client
 from deepseek_ray.errors import ServingError
 from deepseek_ray.models import load
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.registry import InputSchema
+from deepseek_ray.registry import InputSchema, Lineage, Registry
 from tests.unit.model_parts import NAMES, promoted, risk_model
 
 KEY = "integration-test-key-0123456789"
@@ -119,3 +121,70 @@ def test_a_version_is_served_by_its_uri(mlflow_template: Path, tmp_path: Path) -
         assert (answer["model"], answer["version"], len(answer["predictions"])) == ("risk", "1", 2)
     finally:
         assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_moved_alias_is_served_without_a_failed_request(mlflow_template: Path, tmp_path: Path) -> None:
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
+    registry = promoted(RunPaths(tmp_path))
+    second = register(registry, seed=2)
+    torn = register(registry, seed=3)
+    (registry.get(torn).path / "model.safetensors").write_bytes(b"torn")
+    arguments = ("--run", str(tmp_path), "--set", "serving.poll_registry_s=0.2")
+    server = ModelServer("models:/risk@champion", *arguments)
+    seen: list[str] = []
+    done = threading.Event()
+
+    def ask(caller: Client) -> None:
+        while not done.is_set():
+            seen.append(caller.call("models.risk.predict", {"records": [ROW]})["version"])
+
+    try:
+        with Client(server.address, api_key=KEY, timeout_s=10, retries=0) as caller, ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask, caller) for _ in range(4)]
+            try:
+                for version in (second, "1", second):
+                    point(registry, version)
+                    wait_for(caller, "version", version)
+                point(registry, torn)
+                wait_for(caller, "refused", "model.safetensors")
+                assert caller.call("models.risk")["version"] == second
+                server.replica().kill()
+            finally:
+                done.set()
+            for one in asking:
+                one.exception(60)
+            assert set(seen) == {"1", second}
+            assert len(seen) > 100
+        with Client(server.address, api_key=KEY, timeout_s=10, connect_timeout_s=120) as caller:
+            wait_for(caller, "version", second)  # not the one that the server was started with
+    finally:
+        assert server.stop() == 0
+
+
+def register(registry: Registry, seed: int) -> str:
+    """Another version of ``risk``; its number."""
+    model = risk_model(seed)
+    folder = model.save_pretrained(registry.tracking.paths.root / f"saved{seed}")
+    lineage = Lineage(data_digest="d", git_commit="c", train_start="2026-01-01", train_end="2026-02-01")
+    with registry.tracking.start_run("train") as run:
+        return registry.register(folder, run.run_id, InputSchema.of(model.config), lineage).version
+
+
+def point(registry: Registry, version: str) -> None:
+    """Let the alias name a version, as anyone's MLflow client can."""
+    with registry.tracking.guard(write=True) as store:
+        store.set_registered_model_alias("risk", "champion", version)
+
+
+def wait_for(caller: Client, field: str, text: str) -> None:
+    """Wait until the description of the model says so."""
+    end = time.monotonic() + 120
+    while True:
+        assert time.monotonic() < end
+        try:
+            if text in caller.call("models.risk")[field]:
+                return
+        except ServingError:  # a replica that is started again
+            time.sleep(0.2)
+        time.sleep(0.05)

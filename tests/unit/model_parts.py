@@ -21,7 +21,8 @@ from deepseek_ray.models.pretrained import save_pretrained
 from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import InputSchema, Lineage, Registry
 from deepseek_ray.serving.model_app import ModelApp
-from deepseek_ray.serving.model_service import find, open_app
+from deepseek_ray.serving.model_service import open_app
+from deepseek_ray.serving.model_target import find
 
 KEY = "a-key-for-the-tests-only"
 SHAPE = ModelConfig(d_model=8, num_layers=1, num_heads=2, d_expert=8, num_experts=4, num_bins=4)

@@ -27,6 +27,8 @@ from deepseek_ray.paths import RunPaths
 from deepseek_ray.registry import Registry
 from deepseek_ray.registry.foreign import ForeignModel, check_safe
 from deepseek_ray.registry.located import locate
+from deepseek_ray.serving.model_kinds import OtherModel
+from deepseek_ray.serving.model_rehearsal import rehearse
 from tests.unit.model_parts import NAMES, client, predict, promoted, served
 
 ROWS = pd.DataFrame({"amount": np.linspace(-2, 2, 60), "count 1d": np.arange(60) % 7})
@@ -61,6 +63,30 @@ def registry(good: Path, mlflow_template: Path, tmp_path_factory: pytest.TempPat
         store.create_registered_model("boosted")
         store.create_model_version("boosted", f"{run.artifact_uri}/boosted", run.run_id)
     return made
+
+
+def test_the_input_example_that_was_logged_is_what_a_model_is_checked_on(
+    booster: lightgbm.Booster, good: Path, tmp_path: Path
+) -> None:
+    assert ForeignModel(good).example() is None
+    assert OtherModel(ForeignModel(good)).example().made_up
+    folder = tmp_path / "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        signature = infer_signature(ROWS, booster.predict(ROWS))
+        rows = ROWS.iloc[10:20]
+        mlflow.lightgbm.save_model(
+            booster, folder, signature=signature, input_example=rows, pip_requirements=["lightgbm"]
+        )
+    model = OtherModel(ForeignModel(folder))
+    example = model.example()
+    assert not example.made_up
+    assert example.rows.columns == {name: rows[name].tolist()[:8] for name in NAMES}
+    assert model.predict(example.rows) == pytest.approx(booster.predict(rows)[:8].tolist())
+    rehearse(model, [1, 16])
+    (folder / "input_example.json").write_text('{"columns": ["amount"], "data": [[1.0]]}')
+    with pytest.raises(ModelFormatError, match="input example of the model"):
+        model.example()
 
 
 def where(registry: Registry, cache: Path) -> dict[str, Any]:

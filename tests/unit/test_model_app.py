@@ -154,14 +154,15 @@ def test_a_request_that_breaks_the_model_breaks_no_other(risk_folder: Path) -> N
         return [answer.status_code for answer in await asyncio.gather(*(predict(app, body) for body in bodies))]
 
     with served(risk_folder) as app:
-        work = app._model.predict
+        model = app._slot.live.model
+        work = model.predict
 
         def picky(batch: Any) -> Any:
             if 666.0 in batch.columns["amount"]:
                 raise RuntimeError("no")
             return work(batch)
 
-        app._model.predict = picky  # type: ignore[method-assign]
+        model.predict = picky  # type: ignore[method-assign]
         assert asyncio.run(story(app)) == [200, 500, 200]
 
 
