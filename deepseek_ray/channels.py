@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+import weakref
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
-import httpx
-import orjson
-
-from deepseek_ray.errors import (
-    DeadlineError,
-    DeepseekRayError,
-    OverloadedError,
-    RequestError,
-    ServingError,
-    UnreachableError,
-)
-from deepseek_ray.rpc import CALL, PROBLEM_KEY, STATUS_KEY, TIMEOUT_HEADER, CallReply, CallRequest, path_of
+from deepseek_ray.address import Address, Trust
+from deepseek_ray.answers import another, closed, refusal, rpc_port, seconds, too_late, unreachable
+from deepseek_ray.errors import OverloadedError, RequestError, ServingError
+from deepseek_ray.http_session import HttpSession
+from deepseek_ray.rpc import CALL, PROBLEM_KEY, STATUS_KEY, CallReply, CallRequest, path_of
 
 MAX_MESSAGE_BYTES = 64 << 20
+"""Of an answer over gRPC; over HTTP there is no limit."""
 _GET = re.compile(r"(risk\.model|models[./][^./]+)")
 """Calls whose HTTP route takes no body."""
+_END_S = 5.0
 
 
 class Channel(Protocol):
@@ -35,77 +31,106 @@ class Channel(Protocol):
         Raises:
             RequestError, OverloadedError, ServingError: the service refused or failed.
             UnreachableError: there is no connection; DeadlineError: there was no answer in time.
+            ClosedError: the channel is closed.
         """
 
     def close(self) -> None: ...
 
 
 class HttpChannel:
-    """HTTP/1.1 with connections that stay open.
+    """HTTP/1.1 with connections that stay open, on a thread of its own; safe to share between threads.
 
     Args:
-        base_url: for example ``http://127.0.0.1:8000``.
+        address: of the service.
         api_key: of the service.
+        trust: needed where the address is encrypted.
         connections: kept open at most.
     """
 
-    def __init__(self, base_url: str, api_key: str, connections: int = 8) -> None:
-        self.base_url = base_url.rstrip("/")
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        headers = {"X-API-Key": api_key, "Content-Type": "application/json"}
-        self._client = httpx.Client(base_url=self.base_url, headers=headers, limits=limits, trust_env=False)
+    def __init__(self, address: Address, api_key: str, trust: Trust | None = None, connections: int = 8) -> None:
+        self._session = HttpSession(address, api_key, trust, connections)
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="deepseek-ray-http", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _end, self._loop, thread, self._session)  # also when nobody closes it
 
     def send(self, method: str, payload: bytes, timeout_s: float) -> bytes:
-        path = path_of(method)
         verb = "GET" if not payload and _GET.fullmatch(method) else "POST"
-        response = self._ask(verb, path, payload, timeout_s)
-        retry_after_s = _seconds(response.headers.get("retry-after"))
-        return accepted(response.status_code, response.content, path, retry_after_s)
+        return self._ask(verb, path_of(method), payload, timeout_s)
 
     def rpc_port(self, timeout_s: float) -> int:
         """The port of gRPC that the service names, 0 for none.
 
         Raises:
             UnreachableError: nothing answers at the address, or not HTTP.
+            WrongAddressError: another program answers.
         """
-        answer = self._ask("GET", "/healthz", b"", timeout_s)
-        with suppress(ValueError, TypeError):
-            return int(orjson.loads(answer.content)["rpc_port"])
-        return 0
+        try:
+            return rpc_port(self._ask("GET", "/healthz", b"", timeout_s), f"{self._session.url}/healthz")
+        except RequestError as error:  # a service of ours refuses this to nobody
+            raise another(self._session.url, f"status {error.status} to /healthz") from error
 
     def close(self) -> None:
-        self._client.close()
+        self._end()
 
-    def _ask(self, verb: str, path: str, payload: bytes, timeout_s: float) -> httpx.Response:
+    def _ask(self, verb: str, path: str, payload: bytes, timeout_s: float) -> bytes:
+        if not self._end.alive:
+            raise closed(self._session.url)
+        return self._wait(self._session.ask(verb, path, payload, timeout_s), timeout_s)
+
+    def _wait(self, work: Coroutine[Any, Any, bytes], timeout_s: float) -> bytes:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            headers = {TIMEOUT_HEADER: f"{1e3 * timeout_s:.3f}"}
-            return self._client.request(verb, path, content=payload or None, timeout=timeout_s, headers=headers)
-        except httpx.TimeoutException as error:
-            raise too_late(f"{self.base_url}{path}", timeout_s) from error
-        except httpx.HTTPError as error:
-            raise unreachable(f"{self.base_url}{path}", repr(error)) from error
+            return future.result(timeout_s + _END_S)  # the session ends it before, unless its thread has ended
+        except asyncio.CancelledError as error:
+            raise closed(self._session.url) from error
+        finally:
+            future.cancel()
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, session: HttpSession) -> None:
+    async def finish() -> None:
+        await session.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    asyncio.run_coroutine_threadsafe(finish(), loop).result(_END_S)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(_END_S)
+    if not thread.is_alive():
+        loop.close()
 
 
 class GrpcChannel:
     """One HTTP/2 connection that all calls share; gRPC restores it in the background when it breaks.
 
     Args:
-        target: ``host:port``.
+        address: of the service's gRPC.
         api_key: of the service.
+        trust: needed where the address is encrypted.
     """
 
-    def __init__(self, target: str, api_key: str) -> None:
+    def __init__(self, address: Address, api_key: str, trust: Trust | None = None) -> None:
         import grpc  # here, so that a user of HTTP alone does without
 
-        self._grpc, self.target = grpc, target
-        size = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
-        again = ("grpc.max_reconnect_backoff_ms", 2_000)
-        self._channel = grpc.insecure_channel(target, options=[size, again, ("grpc.enable_http_proxy", 0)])
+        self._grpc, self.target = grpc, address.target(address.port)
+        options = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if address.tls:
+            credentials = grpc.ssl_channel_credentials(trust.roots if trust else None)
+            self._channel = grpc.secure_channel(self.target, credentials, options=options)
+        else:
+            self._channel = grpc.insecure_channel(self.target, options=options)
         self._metadata = (("x-api-key", api_key),)
         self._call = self._channel.unary_unary(
             CALL, request_serializer=CallRequest.SerializeToString, response_deserializer=CallReply.FromString
         )
-        self._ready = threading.Event()
+        self._ready, self._closed = threading.Event(), False
         self._channel.subscribe(self._on_state, try_to_connect=True)
 
     @property
@@ -123,9 +148,14 @@ class GrpcChannel:
         try:
             return bytes(self._call(request, timeout=timeout_s, metadata=self._metadata).payload)
         except self._grpc.RpcError as error:
-            raise self._typed(error, method, timeout_s) from error
+            raise self._typed(error, method, len(payload), timeout_s) from error
+        except ValueError as error:  # what gRPC raises on a closed channel
+            if self._closed:
+                raise closed(self.target) from error
+            raise
 
     def close(self) -> None:
+        self._closed = True
         self._channel.unsubscribe(self._on_state)
         self._channel.close()
 
@@ -136,56 +166,37 @@ class GrpcChannel:
         elif state is not states.IDLE:
             self._ready.clear()
 
-    def _typed(self, error: Any, method: str, timeout_s: float) -> DeepseekRayError:
+    def _typed(self, error: Any, method: str, size: int, timeout_s: float) -> ServingError:
         trailing = dict(error.trailing_metadata() or ())
         if status := trailing.get(STATUS_KEY):
-            return refusal(int(status), trailing.get(PROBLEM_KEY, b""), method, _seconds(trailing.get("retry-after")))
+            return refusal(int(status), trailing.get(PROBLEM_KEY, b""), method, seconds(trailing.get("retry-after")))
         codes, where = self._grpc.StatusCode, f"{method} at {self.target}"
+        if self._closed:
+            return closed(self.target)
         if error.code() is codes.DEADLINE_EXCEEDED:
             return too_late(where, timeout_s)
         if error.code() in (codes.UNAVAILABLE, codes.CANCELLED):
             return unreachable(where, error.details())
+        if error.code() is codes.UNIMPLEMENTED:
+            return another(where, f"{error.code().name} {error.details()}")
+        if error.code() is codes.RESOURCE_EXHAUSTED:
+            return _exhausted(where, str(error.details()), size)
         return ServingError(f"{where} failed: {error.code().name} {error.details()}", fix="see the service's log")
 
 
-def accepted(status: int, body: bytes, where: str, retry_after_s: float = 1.0) -> bytes:
-    """The body of an answer that is no refusal; else raises what :func:`refusal` makes of it."""
-    if status < 400:
-        return body
-    raise refusal(status, body, where, retry_after_s)
-
-
-def refusal(status: int, body: bytes, where: str, retry_after_s: float = 1.0) -> ServingError:
-    """The error that an HTTP status and its problem body stand for."""
-    problem = _problem(body)
-    detail = f"{where} answered {status}: {problem.get('detail', problem)}"
-    if status in (429, 503):
-        return OverloadedError(detail, fix="send more slowly", retry_after_s=retry_after_s)
-    if status == 504:
-        return DeadlineError(detail, fix="allow more time, or send fewer records a request")
-    if status < 500:
-        kind, field, fix = (str(problem.get(name, "")) for name in ("type", "field", "fix"))
-        return RequestError(detail, status=status, kind=kind, field=field, fix=fix)
-    return ServingError(detail, fix="see the service's log")
-
-
-def _problem(body: bytes) -> Mapping[str, Any]:
-    try:
-        found = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        found = None
-    return found if isinstance(found, dict) else {"detail": body[:200].decode(errors="replace")}
-
-
-def _seconds(text: str | None) -> float:
-    return float(text) if text and re.fullmatch(r"\d{1,6}", text) else 1.0
-
-
-def unreachable(where: str, why: str) -> UnreachableError:
-    """Nothing answered there."""
-    return UnreachableError(f"{where} did not answer: {why}.", fix="see that the service runs")
-
-
-def too_late(where: str, timeout_s: float) -> DeadlineError:
-    """Nothing answered there in time."""
-    return DeadlineError(f"{where} did not answer within {timeout_s:.3g} s.", fix="allow more time, or try again later")
+def _exhausted(where: str, details: str, size: int) -> ServingError:
+    """gRPC's own limits: too many calls, too large a request, too large an answer."""
+    if "message larger" not in details:
+        detail = f"{where} takes no more calls at a time (serving.max_connections): {details}"
+        return OverloadedError(detail, fix="send more slowly, or raise serving.max_connections")
+    if "CLIENT:" in details:  # who noticed
+        return ServingError(
+            f"The answer of {where} is larger than {MAX_MESSAGE_BYTES} bytes: {details}",
+            fix="ask for fewer records a call, or use a client without gRPC: serve with serving.rpc_port=-1",
+        )
+    return RequestError(
+        f"The payload of {where} has {size} bytes, more than serving.max_body_bytes allows: {details}",
+        status=413,
+        kind="urn:deepseek-ray:problem:body-too-large",
+        fix="send fewer records a call, or raise serving.max_body_bytes",
+    )

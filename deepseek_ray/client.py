@@ -15,16 +15,28 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-import aiohttp
 import orjson
 
-from deepseek_ray.channels import Channel, GrpcChannel, HttpChannel, accepted, too_late, unreachable
+from deepseek_ray.address import Address, Trust
+from deepseek_ray.answers import closed, parsed, too_late, unreachable
+from deepseek_ray.channels import Channel, GrpcChannel, HttpChannel
 from deepseek_ray.data.events import Feedback, Prediction, Transaction
-from deepseek_ray.errors import DeadlineError, EnvironmentProblemError, OverloadedError, UnreachableError
+from deepseek_ray.errors import (
+    ConfigError,
+    DeadlineError,
+    EnvironmentProblemError,
+    OverloadedError,
+    UnreachableError,
+    WrongAddressError,
+)
+from deepseek_ray.http_session import HttpSession
+from deepseek_ray.rpc import MAX_TIMEOUT_S
 
 DEFAULT_TIMEOUT_S = 30.0
 BACKOFF_S = 0.02
@@ -41,32 +53,35 @@ class RiskClient:
     Args:
         base_url: for example ``http://127.0.0.1:8000``.
         api_key: key of the service; by default the environment variable DEEPSEEK_RAY_API_KEY.
-        timeout_s: time allowed for one request.
+        timeout_s: time allowed for one request; the service is told.
         connections: connections kept open.
+        ca_file: authorities that are trusted, PEM; by default those of the system or of SSL_CERT_FILE.
 
     Raises:
-        EnvironmentProblemError: there is no key.
+        ConfigError: the address or the time is none.
+        EnvironmentProblemError: there is no key, or ``ca_file`` cannot be used.
     """
 
     def __init__(
-        self, base_url: str, *, api_key: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S, connections: int = 8
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        connections: int = 8,
+        ca_file: str | Path | None = None,
     ) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._headers = {"X-API-Key": _key(api_key), "Content-Type": "application/json"}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
-        self._connections = connections
-        self._session: aiohttp.ClientSession | None = None
+        address = Address.parse(base_url, "base_url", tls=ca_file is not None)
+        self._timeout_s = _seconds("timeout_s", timeout_s)
+        self._http = HttpSession(address, _key(api_key), _trust(address, ca_file), connections)
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=self._connections)
-        self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._http.close()
 
     async def score(self, transactions: Sequence[Transaction]) -> list[Prediction]:
         """Decisions for transactions, in their order.
@@ -99,15 +114,7 @@ class RiskClient:
         return await self._call("GET", "/v1/risk/model", None)
 
     async def _call(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        assert self._session is not None, "use 'async with RiskClient(...)'"
-        where = self._base_url + path
-        try:
-            async with self._session.request(method, where, data=body) as response:
-                return dict(orjson.loads(accepted(response.status, await response.read(), path)))
-        except TimeoutError as error:
-            raise too_late(where, self._timeout.total or 0.0) from error
-        except aiohttp.ClientError as error:
-            raise unreachable(where, repr(error)) from error
+        return parsed(await self._http.ask(method, path, body or b"", self._timeout_s), path)
 
 
 class Client:
@@ -118,14 +125,17 @@ class Client:
 
     Args:
         address: ``host:port`` that the service printed; it tells the port of gRPC itself. Also an ``http://`` or
-            ``https://`` address (the latter stays on HTTP), or the port of gRPC alone, which leaves no fallback.
+            ``https://`` address (the latter encrypts both ways), or the port of gRPC alone, which leaves no fallback.
         api_key: key of the service; by default the environment variable DEEPSEEK_RAY_API_KEY.
         timeout_s: deadline of a call, unless the call has its own.
         connect_timeout_s: for finding the service and connecting.
         retries: at most so many more attempts.
+        ca_file: authorities that are trusted over both ways, PEM; by default those of the system or of the
+            environment's SSL_CERT_FILE. With it, ``host:port`` means https.
 
     Raises:
-        EnvironmentProblemError: there is no key.
+        ConfigError: the address, a time or the number of retries is none.
+        EnvironmentProblemError: there is no key, or ``ca_file`` cannot be used.
     """
 
     def __init__(
@@ -136,10 +146,16 @@ class Client:
         timeout_s: float = 1.0,
         connect_timeout_s: float = 5.0,
         retries: int = 3,
+        ca_file: str | Path | None = None,
     ) -> None:
-        self._url = address if "://" in address else f"http://{address}"
+        self._address = Address.parse(address, "address", tls=ca_file is not None)
+        self._url, self._trust = self._address.url, _trust(self._address, ca_file)
         self._api_key = _key(api_key)
-        self._timeout_s, self._connect_timeout_s, self._retries = timeout_s, connect_timeout_s, retries
+        self._timeout_s = _seconds("timeout_s", timeout_s)
+        self._connect_timeout_s = _seconds("connect_timeout_s", connect_timeout_s)
+        if not isinstance(retries, int) or retries < 0:
+            raise ConfigError(f"retries = {retries!r} is no number of attempts.", fix="give 0 or a whole number above")
+        self._retries, self._closed = retries, False
         self._connecting = threading.Lock()
         self._rpc: GrpcChannel | None = None
         self._http: HttpChannel | None = None
@@ -164,31 +180,38 @@ class Client:
             RequestError: the service refused (4xx); carries status, kind, field and fix.
             OverloadedError: it is full or away; ``retry_after_s`` says when to come back.
             DeadlineError: the deadline passed.
-            UnreachableError: there is no connection, or it broke.
+            UnreachableError: there is no connection, or it broke; WrongAddressError: something else answers.
             ServingError: the service failed.
+            ClosedError: the client is closed.
+            ConfigError: ``timeout_s`` is no time.
         """
+        allowed_s = self._timeout_s if timeout_s is None else _seconds("timeout_s", timeout_s)
         self.connect()
         body = b"" if payload is None else orjson.dumps(dict(payload))
-        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         again = _IDEMPOTENT.fullmatch(method) is not None if idempotent is None else idempotent
-        return dict(orjson.loads(self._send(method, body, deadline, self._retries if again else 0)))
+        return parsed(self._send(method, body, allowed_s, self._retries if again else 0), f"{method} at {self._url}")
 
     def connect(self) -> None:
         """Find out how the service can be reached, and connect. Later calls come at once.
 
         Raises:
-            UnreachableError: nothing answers at the address.
+            UnreachableError: nothing answers at the address; WrongAddressError: something else does.
+            ClosedError: the client is closed.
         """
         if self._http is not None or self._rpc is not None:
             return
         with self._connecting:
+            if self._closed:
+                raise closed(self._url)
             if self._http is None and self._rpc is None:
                 self._rpc, self._http = self._find()
 
     def close(self) -> None:
-        """Give the connections back."""
-        channels: tuple[Channel | None, ...] = (self._rpc, self._http)
-        self._rpc = self._http = None
+        """Give the connections back; a closed client answers no call any more. Closing twice is closing once."""
+        with self._connecting:
+            self._closed = True
+            channels: tuple[Channel | None, ...] = (self._rpc, self._http)
+            self._rpc = self._http = None
         for channel in channels:
             if channel is not None:
                 channel.close()
@@ -210,6 +233,8 @@ class Client:
     def _channel(self) -> Channel:
         rpc, http = self._rpc, self._http
         chosen = rpc if rpc is not None and (rpc.ready or http is None) else http
+        if self._closed:
+            raise closed(self._url)
         if chosen is None:
             raise UnreachableError(f"The client of {self._url} is not connected.", fix="call connect() first")
         return chosen
@@ -221,12 +246,13 @@ class Client:
             return http or broken
         return rpc if rpc is not None and rpc.ready else broken
 
-    def _send(self, method: str, body: bytes, deadline: float, retries: int) -> bytes:
+    def _send(self, method: str, body: bytes, allowed_s: float, retries: int) -> bytes:
+        deadline = time.monotonic() + allowed_s
         channel = self._channel()
         for attempt in range(retries + 1):
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise too_late(f"{method} at {self._url}", self._timeout_s)
+                raise too_late(f"{method} at {self._url}", allowed_s)
             try:
                 return channel.send(method, body, left_s)
             except (UnreachableError, OverloadedError) as error:
@@ -240,37 +266,60 @@ class Client:
 
     def _find(self) -> tuple[GrpcChannel | None, HttpChannel | None]:
         end = time.monotonic() + self._connect_timeout_s
-        http = HttpChannel(self._url, self._api_key)
+        http = HttpChannel(self._address, self._api_key, self._trust)
         try:
             port = http.rpc_port(self._connect_timeout_s / 2)
-        except (UnreachableError, DeadlineError):
+        except (UnreachableError, DeadlineError) as error:
             http.close()
-            return self._rpc_alone(end), None
-        if not port or self._url.startswith("https://"):
+            if isinstance(error, WrongAddressError):
+                raise
+            return self._rpc_alone(end, error), None
+        except BaseException:
+            http.close()
+            raise
+        if not port:
             return None, http
-        rpc = GrpcChannel(f"{_host(self._url)}:{port}", self._api_key)
+        rpc = GrpcChannel(replace(self._address, port=port), self._api_key, self._trust)
         rpc.wait_ready(end - time.monotonic())
         return rpc, http
 
-    def _rpc_alone(self, end: float) -> GrpcChannel:
+    def _rpc_alone(self, end: float, over_http: UnreachableError | DeadlineError) -> GrpcChannel:
         """The address may be that of gRPC itself."""
-        rpc = GrpcChannel(self._url.partition("://")[2].rstrip("/"), self._api_key)
+        rpc = GrpcChannel(self._address, self._api_key, self._trust)
         if not rpc.wait_ready(end - time.monotonic()):
             rpc.close()
-            raise unreachable(self._url, "neither HTTP nor gRPC")
+            raise unreachable(self._url, f"neither gRPC nor HTTP ({over_http.message})", over_http.fix)
         return rpc
 
 
-def _host(url: str) -> str:
-    """The host as a gRPC target names it; the address may have no port."""
-    host = urlsplit(url).hostname or ""
-    return f"[{host}]" if ":" in host else host
+def _trust(address: Address, ca_file: str | Path | None) -> Trust | None:
+    if address.tls:
+        return Trust.of(ca_file)
+    if ca_file is not None:
+        raise ConfigError(
+            f"ca_file = {str(ca_file)!r}, but {address.url} is not encrypted.", fix="write https://, or leave it out"
+        )
+    return None
+
+
+def _seconds(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= MAX_TIMEOUT_S:  # nor is NaN
+        raise ConfigError(
+            f"{field} = {value!r} is no time allowed for a call.",
+            fix=f"give seconds above 0 and at most {MAX_TIMEOUT_S:g}",
+        )
+    return float(value)
 
 
 def _key(given: str | None) -> str:
     key = given or os.environ.get("DEEPSEEK_RAY_API_KEY", "")
     if not key:
         raise EnvironmentProblemError("No API key is given.", fix="set DEEPSEEK_RAY_API_KEY to the service's key")
+    if not (key.isascii() and key.isprintable()) or key != key.strip():  # it is not shown: it may be a real one
+        raise EnvironmentProblemError(
+            "The API key holds a space at an end, a line break or a character beyond ASCII.",
+            fix="set DEEPSEEK_RAY_API_KEY to the key alone",
+        )
     return key
 
 

@@ -19,6 +19,8 @@
     │   ├── OverloadedError    no room now: the queue is full, or a rate is used up (HTTP 429)
     │   │   └── LateError      it would be answered after its deadline: not done (HTTP 503)
     │   ├── UnreachableError   no connection to the service, or it broke
+    │   │   └── WrongAddressError  what answers there is not the service, or cannot prove that it is
+    │   ├── ClosedError        a client was used after its end
     │   └── DeadlineError      the caller's deadline passed before the answer
     └── EnvironmentProblemError  a port, disk, tool or credential is not usable
 
@@ -162,6 +164,14 @@ class LateError(OverloadedError):
 
 class UnreachableError(ServingError):
     """There is no connection to the service, or it broke before the answer."""
+
+
+class WrongAddressError(UnreachableError):
+    """What answers at the address is not the service, or has no certificate that is trusted."""
+
+
+class ClosedError(ServingError):
+    """A client was used after it had been closed."""
 
 
 class DeadlineError(ServingError):

@@ -18,7 +18,10 @@ CALL = f"/{SERVICE}/Call"
 STATUS_KEY = "http-status"
 PROBLEM_KEY = "problem-bin"
 TIMEOUT_HEADER = "x-request-timeout-ms"
-"""What is left of a call's deadline, for the routes: gRPC says it in its own way, HTTP by this header."""
+"""Milliseconds from a request's arrival after which its sender does not want the answer any more. HTTP says them by
+this header, gRPC in its own way; the routes read the header."""
+MAX_TIMEOUT_S = 600.0
+"""The longest time that a call may be allowed."""
 MAX_PROBLEM_BYTES = 6_000
 """Of the problem body in the trailing metadata: gRPC allows 8 KiB for all of it."""
 

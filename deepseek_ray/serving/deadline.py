@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deepseek_ray.errors import RequestError
+from deepseek_ray.rpc import MAX_TIMEOUT_S, TIMEOUT_HEADER
 
-HEADER = b"x-request-timeout-ms"
-"""Milliseconds from the request's arrival after which its sender does not want the answer any more."""
-MAX_TIMEOUT_MS = 600_000
+MAX_TIMEOUT_MS = round(1e3 * MAX_TIMEOUT_S)
+_HEADER = TIMEOUT_HEADER.encode()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def timeout_s(headers: Iterable[tuple[bytes, bytes]], default_s: float) -> float
         RequestError: 400, the header is no number of milliseconds within 0 and ten minutes.
     """
     for name, value in headers:
-        if name == HEADER:
+        if name == _HEADER:
             return _parsed_ms(value) / 1e3
     return default_s
 

@@ -18,6 +18,7 @@ from deepseek_ray.config import ServingConfig
 from deepseek_ray.errors import EnvironmentProblemError, RequestError
 from deepseek_ray.rpc import (
     MAX_PROBLEM_BYTES,
+    MAX_TIMEOUT_S,
     PROBLEM_KEY,
     SERVICE,
     STATUS_KEY,
@@ -29,8 +30,6 @@ from deepseek_ray.rpc import (
 )
 from deepseek_ray.serving.asgi import AsgiApp, Message, Response, Scope
 
-MAX_TIMEOUT_S = 600.0
-"""A longer deadline is not passed on."""
 NOWHERE = "/v1/"
 """A path that no route has."""
 _ROOM = 64 << 10

@@ -30,6 +30,7 @@ class RiskServer:
         self.labels: dict[str, bool] = {}
         self.feedback_sizes: list[int] = []
         self.keys: set[str] = set()
+        self.timeouts_ms: list[float] = []
         self.threshold, self.model_version = 0.5, "1"
         self.busy: dict[str, int] = {}
         """Open requests of a card; ``overtaken`` says whether there ever were two."""
@@ -55,6 +56,7 @@ class RiskServer:
 
     async def _score(self, request: web.Request) -> web.Response:
         self.keys.add(request.headers["X-API-Key"])
+        self.timeouts_ms += [float(value) for value in request.headers.getall("X-Request-Timeout-Ms", [])]
         body = orjson.loads(await request.read())
         events = [Transaction.model_validate_json(orjson.dumps(item)) for item in body["transactions"]]
         await self._work([item.card_id for item in events])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
@@ -16,11 +17,20 @@ from deepseek_ray.serving.rpc_server import RpcServer
 class Served:
     """Addresses of the running application; ``stop_rpc`` takes gRPC away and leaves HTTP."""
 
-    def __init__(self, app: AsgiApp, *, rpc: bool = True) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        *,
+        rpc: bool = True,
+        certificate: tuple[str, str] | None = None,
+        max_calls: int | None = None,
+    ) -> None:
         self.app = app
-        self.rpc = RpcServer(app, "127.0.0.1", 0, max_body_bytes=20_000, grace_s=0.5)
+        limits: dict[str, Any] = {"max_body_bytes": 20_000, "max_calls": max_calls, "grace_s": 0.5}
+        self.rpc = RpcServer(app, "127.0.0.1", 0, certificate=certificate, **limits)
         app.beside = self.rpc if rpc else None
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="on", log_level="error", ws="none")
+        tls = dict(zip(("ssl_certfile", "ssl_keyfile"), certificate or (), strict=False))
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="on", log_level="error", ws="none", **tls)  # type: ignore[arg-type]
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 
@@ -46,10 +56,10 @@ class Served:
 
 
 @contextmanager
-def served(app: AsgiApp, *, rpc: bool = True) -> Iterator[Served]:
+def served(app: AsgiApp, **options: Any) -> Iterator[Served]:
     """Serve while the block runs."""
     before = app.beside
-    made = Served(app, rpc=rpc)
+    made = Served(app, **options)
     made.start()
     try:
         yield made

@@ -12,7 +12,14 @@ from aiohttp import web
 
 from deepseek_ray.client import RiskClient
 from deepseek_ray.data.events import Feedback
-from deepseek_ray.errors import EnvironmentProblemError, OverloadedError, RequestError, ServingError
+from deepseek_ray.errors import (
+    ClosedError,
+    EnvironmentProblemError,
+    OverloadedError,
+    RequestError,
+    ServingError,
+    WrongAddressError,
+)
 from tests.unit.risk_server import KEY, RiskServer
 from tests.unit.serving_parts import NOW, event
 
@@ -34,6 +41,29 @@ def test_predictions_come_back_in_the_order_of_the_transactions() -> None:
     assert [item.transaction_id for item in predictions] == ["t3", "t1", "t2"]
     assert server.scored == events
     assert server.keys == {KEY}
+
+
+def test_the_service_is_told_how_long_the_answer_is_waited_for() -> None:
+    server = RiskServer()
+    talk(server, lambda client: client.score([event(1)]), timeout_s=2.5)
+    assert server.timeouts_ms == [2_500.0]
+
+
+def test_after_its_block_a_client_is_closed() -> None:
+    async def story() -> None:
+        async with RiskServer().running() as url:
+            async with RiskClient(url, api_key=KEY) as client:
+                assert await client.model()
+            with pytest.raises(ClosedError, match=url):
+                await client.model()
+
+    asyncio.run(story())
+
+
+def test_an_answer_of_another_program_is_told_from_a_services() -> None:
+    server = RiskServer(refuse=lambda request: web.Response(body=b"<html>hello</html>"))
+    with pytest.raises(WrongAddressError, match="no JSON object"):
+        talk(server, lambda client: client.score([event()]))
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

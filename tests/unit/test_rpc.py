@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import deepseek_ray.rpc as rpc
-from deepseek_ray.client import Client, _host
+from deepseek_ray.client import Client
 from deepseek_ray.errors import (
     DeadlineError,
     EnvironmentProblemError,
@@ -284,10 +284,3 @@ def test_connections_are_kept(service: Served) -> None:
 def test_a_name_that_is_a_routes_path_reaches_no_route(made: Rig) -> None:
     path = next(iter(made.app.routes))
     assert RpcServer(made.app, "127.0.0.1", 0, max_body_bytes=1)._path(path) not in made.app.routes
-
-
-@pytest.mark.parametrize(
-    ("url", "host"), [("http://svc", "svc"), ("http://svc:81/", "svc"), ("https://[::1]:8000", "[::1]")]
-)
-def test_the_host_of_an_address_needs_no_port(url: str, host: str) -> None:
-    assert _host(url) == host
