@@ -100,12 +100,28 @@ class Trust:
     roots: bytes | None
 
     @classmethod
-    def of(cls, ca_file: str | Path | None) -> Self:
-        """Trust the authorities in a file, by default those of the system or of the environment's SSL_CERT_FILE.
+    def of(cls, ca_file: str | Path | None, address: Address) -> Self | None:
+        """What to trust at an address; None where nothing is encrypted.
+
+        Args:
+            ca_file: its authorities, PEM; None for those of the system or of the environment's SSL_CERT_FILE.
+            address: of the service.
 
         Raises:
+            ConfigError: there is a file, and nothing is encrypted.
             EnvironmentProblemError: the file cannot be used.
         """
+        if address.tls:
+            return cls._loaded(ca_file)
+        if ca_file is not None:
+            raise ConfigError(
+                f"ca_file = {str(ca_file)!r}, but {address.url} is not encrypted.",
+                fix="write https://, or leave it out",
+            )
+        return None
+
+    @classmethod
+    def _loaded(cls, ca_file: str | Path | None) -> Self:
         file = ca_file or ssl.get_default_verify_paths().cafile
         try:
             context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)

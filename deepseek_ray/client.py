@@ -9,20 +9,19 @@ async with RiskClient("http://127.0.0.1:8000", api_key=key) as client:  # the ri
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
 
+from deepseek_ray import caller
 from deepseek_ray.address import Address, Trust
 from deepseek_ray.answers import closed, parsed, too_late, unreachable
 from deepseek_ray.channels import Channel, GrpcChannel, HttpChannel
@@ -30,13 +29,11 @@ from deepseek_ray.data.events import Feedback, Prediction, Transaction
 from deepseek_ray.errors import (
     ConfigError,
     DeadlineError,
-    EnvironmentProblemError,
     OverloadedError,
     UnreachableError,
     WrongAddressError,
 )
 from deepseek_ray.http_session import HttpSession
-from deepseek_ray.rpc import MAX_TIMEOUT_S
 
 DEFAULT_TIMEOUT_S = 30.0
 BACKOFF_S = 0.02
@@ -72,8 +69,8 @@ class RiskClient:
         ca_file: str | Path | None = None,
     ) -> None:
         address = Address.parse(base_url, "base_url", tls=ca_file is not None)
-        self._timeout_s = _seconds("timeout_s", timeout_s)
-        self._http = HttpSession(address, _key(api_key), _trust(address, ca_file), connections)
+        self._timeout_s = caller.timeout_s("timeout_s", timeout_s)
+        self._http = HttpSession(address, caller.api_key(api_key), Trust.of(ca_file, address), connections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,10 +146,10 @@ class Client:
         ca_file: str | Path | None = None,
     ) -> None:
         self._address = Address.parse(address, "address", tls=ca_file is not None)
-        self._url, self._trust = self._address.url, _trust(self._address, ca_file)
-        self._api_key = _key(api_key)
-        self._timeout_s = _seconds("timeout_s", timeout_s)
-        self._connect_timeout_s = _seconds("connect_timeout_s", connect_timeout_s)
+        self._url, self._trust = self._address.url, Trust.of(ca_file, self._address)
+        self._api_key = caller.api_key(api_key)
+        self._timeout_s = caller.timeout_s("timeout_s", timeout_s)
+        self._connect_timeout_s = caller.timeout_s("connect_timeout_s", connect_timeout_s)
         if not isinstance(retries, int) or retries < 0:
             raise ConfigError(f"retries = {retries!r} is no number of attempts.", fix="give 0 or a whole number above")
         self._retries, self._closed = retries, False
@@ -185,7 +182,7 @@ class Client:
             ClosedError: the client is closed.
             ConfigError: ``timeout_s`` is no time.
         """
-        allowed_s = self._timeout_s if timeout_s is None else _seconds("timeout_s", timeout_s)
+        allowed_s = self._timeout_s if timeout_s is None else caller.timeout_s("timeout_s", timeout_s)
         self.connect()
         body = b"" if payload is None else orjson.dumps(dict(payload))
         again = _IDEMPOTENT.fullmatch(method) is not None if idempotent is None else idempotent
@@ -290,37 +287,6 @@ class Client:
             rpc.close()
             raise unreachable(self._url, f"neither gRPC nor HTTP ({over_http.message})", over_http.fix)
         return rpc
-
-
-def _trust(address: Address, ca_file: str | Path | None) -> Trust | None:
-    if address.tls:
-        return Trust.of(ca_file)
-    if ca_file is not None:
-        raise ConfigError(
-            f"ca_file = {str(ca_file)!r}, but {address.url} is not encrypted.", fix="write https://, or leave it out"
-        )
-    return None
-
-
-def _seconds(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= MAX_TIMEOUT_S:  # nor is NaN
-        raise ConfigError(
-            f"{field} = {value!r} is no time allowed for a call.",
-            fix=f"give seconds above 0 and at most {MAX_TIMEOUT_S:g}",
-        )
-    return float(value)
-
-
-def _key(given: str | None) -> str:
-    key = given or os.environ.get("DEEPSEEK_RAY_API_KEY", "")
-    if not key:
-        raise EnvironmentProblemError("No API key is given.", fix="set DEEPSEEK_RAY_API_KEY to the service's key")
-    if not (key.isascii() and key.isprintable()) or key != key.strip():  # it is not shown: it may be a real one
-        raise EnvironmentProblemError(
-            "The API key holds a space at an end, a line break or a character beyond ASCII.",
-            fix="set DEEPSEEK_RAY_API_KEY to the key alone",
-        )
-    return key
 
 
 def _backoff(attempt: int) -> float:

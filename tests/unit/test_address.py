@@ -108,6 +108,9 @@ def test_a_file_without_an_authority_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"is not encrypted.*write https"):
         Client("http://127.0.0.1:1", api_key=KEY, ca_file=file)
     cert, _ = make_certificate(tmp_path)
-    assert Trust.of(cert).roots == cert.read_bytes()
+    address = Address("svc", 1, tls=True)
+    trusts = [Trust.of(cert, address)]
     monkeypatch.setenv("SSL_CERT_FILE", str(cert))
-    assert Trust.of(None).roots == cert.read_bytes()
+    trusts.append(Trust.of(None, address))
+    assert [trust and trust.roots for trust in trusts] == [cert.read_bytes()] * 2
+    assert Trust.of(None, Address("svc", 1)) is None
