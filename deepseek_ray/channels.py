@@ -50,7 +50,7 @@ class HttpChannel:
     def __init__(self, address: Address, api_key: str, trust: Trust | None = None, connections: int = 8) -> None:
         self._session = HttpSession(address, api_key, trust, connections)
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="deepseek-ray-http", daemon=True)
+        thread = threading.Thread(target=_run, args=(self._loop,), name="deepseek-ray-http", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _end, self._loop, thread, self._session)  # also when nobody closes it
 
@@ -82,25 +82,32 @@ class HttpChannel:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout_s + _END_S)  # the session ends it before, unless its thread has ended
-        except asyncio.CancelledError as error:
+        except (asyncio.CancelledError, TimeoutError) as error:
             raise closed(self._session.url) from error
         finally:
             future.cancel()
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, session: HttpSession) -> None:
-    async def finish() -> None:
-        await session.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-
-    asyncio.run_coroutine_threadsafe(finish(), loop).result(_END_S)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(_END_S)
-    if not thread.is_alive():
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
         loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, session: HttpSession) -> None:
+    ended = asyncio.run_coroutine_threadsafe(_finish(session), loop)
+    ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+    if threading.current_thread() is not thread:  # garbage is collected on any thread
+        thread.join(_END_S)
+
+
+async def _finish(session: HttpSession) -> None:
+    await session.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class GrpcChannel:

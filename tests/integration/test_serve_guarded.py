@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deepseek_ray.client import Client
 from serve_apps.ingress import free_port
 from tests.certificate import make_certificate
 from tests.integration.risk_process import KEY, Server, event
@@ -46,6 +47,13 @@ def test_requests_are_answered_over_tls_and_only_so(server: Server) -> None:
         httpx.get(f"http://127.0.0.1:{server.port}/healthz")
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
         httpx.get(f"https://127.0.0.1:{server.port}/healthz")
+
+
+def test_the_client_is_encrypted_over_grpc_too(server: Server) -> None:
+    address, cert = f"127.0.0.1:{server.port}", server.run.paths.root / "cert.pem"
+    with Client(address, api_key=KEY, timeout_s=10, ca_file=cert) as caller:
+        assert caller.transport == "grpc"
+        assert caller.call("risk.score", event())["prediction_id"]
 
 
 @pytest.mark.parametrize(

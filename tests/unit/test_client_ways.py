@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
@@ -207,6 +208,20 @@ def test_a_closed_client_says_so_and_does_not_connect_again(made: Rig, way: str)
     never.close()
     with pytest.raises(ClosedError):
         never.call("risk.model")
+
+
+def test_a_client_that_nobody_closed_ends_its_thread(made: Rig) -> None:
+    def threads() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name == "deepseek-ray-http"}
+
+    before = threads()
+    with served(made.app, rpc=False) as service:
+        caller = client(service.http_address)
+        assert caller.call("risk.model")
+        assert len(threads() - before) == 1
+        del caller
+        gc.collect()
+        assert threads() == before
 
 
 @pytest.mark.parametrize("way", ["grpc", "http"])

@@ -238,6 +238,13 @@ def test_without_a_registry_the_server_starts_with_the_copy(
         program._find(program.parser().parse_args(["models:/m/1"]), CONFIG, paths, tmp_path)
 
 
+def test_a_store_elsewhere_keeps_its_copy_beside_the_server_alone(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    assert program._store(CONFIG, run, "", tmp_path) == (CONFIG, run)
+    config, paths = program._store(CONFIG, run, "http://mlflow:5000", tmp_path)
+    assert (config.stores.tracking_uri, paths.root) == ("http://mlflow:5000", tmp_path)
+
+
 def test_a_moved_alias_of_a_real_store_is_followed(mlflow_template: Path, tmp_path: Path) -> None:
     shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     registry = promoted(RunPaths(tmp_path))
