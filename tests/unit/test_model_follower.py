@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
+import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -245,23 +247,34 @@ def test_a_store_elsewhere_keeps_its_copy_beside_the_server_alone(tmp_path: Path
     assert (config.stores.tracking_uri, paths.root) == ("http://mlflow:5000", tmp_path)
 
 
-def test_a_moved_alias_of_a_real_store_is_followed(mlflow_template: Path, tmp_path: Path) -> None:
+def test_what_the_program_tells_its_replica_follows_a_real_store(mlflow_template: Path, tmp_path: Path) -> None:
     shutil.copy(mlflow_template, tmp_path / "mlflow.db")
     registry = promoted(RunPaths(tmp_path))
-    first = target(registry.get("1").path)
-    uri = first.source.replace("/m@", "/risk@")
-    following = Following(str(tmp_path), str(tmp_path / "kept"))
-    service = ModelService(Target(**(vars(first) | {"source": uri})), CONFIG, "cpu", Keyring(KEY, None), following)
+    options = program.parser().parse_args(["models:/risk@champion", "--name", "m"])
+    found, following = program._find(options, CONFIG, RunPaths(tmp_path), tmp_path / "cache")
+    assert following is not None
+    app: Any = program.build(asdict(found), CONFIG.model_dump(), "cpu", KEY, "", asdict(following))
+
+    async def about() -> dict[str, Any]:
+        async with client(app) as talk:
+            return dict((await talk.get("/v1/models/m")).json())
+
     try:
-        assert service.follower
-        service.follower.check()
         with registry.tracking.guard(write=True) as store:
-            again = store.create_model_version("risk", store.get_model_version("risk", "1").source, "")
-            store.set_registered_model_alias("risk", "champion", again.version)
-        service.follower.check()
-        assert service.slot.live.identity.version == str(again.version) == "2"
+            source = store.get_model_version("risk", "1").source
+            store.create_model_version("risk", source, "")
+            store.set_registered_model_alias("risk", "champion", "2")
+        end = time.monotonic() + 20
+        while (shown := asyncio.run(about()))["version"] != "2":
+            assert time.monotonic() < end, shown
+            time.sleep(0.05)
+        assert shown["source"] == "models:/risk@champion"
+        kept = KeptModel(Path(following.kept))
+        while (copy := kept.target("m")) is None or copy.version != "2":
+            assert time.monotonic() < end
+            time.sleep(0.05)
     finally:
-        service.close()
+        app._shutdown()
 
 
 def test_only_an_alias_is_followed() -> None:
