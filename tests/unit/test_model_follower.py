@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import shutil
-import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from deepseek_ray.serving.model_target import Target, alias_of
 from serve_apps import model as program
 from tests.unit.model_parts import KEY, backbone, client, promoted, risk_model, settings
 from tests.unit.registry_parts import FakeRegistry
+from tests.unit.waiting import await_until
 
 RECORD = {"amount": 1.5, "count 1d": 2.0}
 CONFIG = settings(poll_registry_s=0.01)
@@ -189,11 +189,7 @@ def test_no_request_fails_in_twenty_swaps_and_each_answer_is_its_versions(
 def test_the_thread_follows_by_itself(followed: Followed) -> None:
     followed.registry.aliases["champion"] = "2"
     followed.service.start()
-    for _ in range(500):
-        if followed.version == "2":
-            return
-        asyncio.run(asyncio.sleep(0.01))
-    raise AssertionError("not in five seconds")
+    await_until(lambda: followed.version == "2")
 
 
 def test_a_replica_that_comes_back_starts_with_what_it_served_last(packages: list[Path], tmp_path: Path) -> None:
@@ -264,15 +260,10 @@ def test_what_the_program_tells_its_replica_follows_a_real_store(mlflow_template
             source = store.get_model_version("risk", "1").source
             store.create_model_version("risk", source, "")
             store.set_registered_model_alias("risk", "champion", "2")
-        end = time.monotonic() + 20
-        while (shown := asyncio.run(about()))["version"] != "2":
-            assert time.monotonic() < end, shown
-            time.sleep(0.05)
-        assert shown["source"] == "models:/risk@champion"
+        await_until(lambda: asyncio.run(about())["version"] == "2")
+        assert asyncio.run(about())["source"] == "models:/risk@champion"
         kept = KeptModel(Path(following.kept))
-        while (copy := kept.target("m")) is None or copy.version != "2":
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        await_until(lambda: (copy := kept.target("m")) is not None and copy.version == "2")
     finally:
         app._shutdown()
 
