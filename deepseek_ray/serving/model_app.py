@@ -70,7 +70,8 @@ class ModelApp(AsgiApp):
     async def _metadata(self, scope: Scope, receive: Receive) -> Response:
         live = self._slot.live
         inputs = [asdict(column) for column in live.model.columns]
-        about = {**asdict(live.identity), **live.model.facts, "since": live.since, **self._standing()}
+        standing = self.without_folders(dict(self._standing()))
+        about = {**asdict(live.identity), **live.model.facts, "since": live.since, **standing}
         return json_response({**about, "inputs": inputs, "answer": dict(live.model.answer)})
 
     async def _readyz(self, scope: Scope, receive: Receive) -> Response:

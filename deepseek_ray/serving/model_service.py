@@ -74,6 +74,7 @@ class ModelService:
             shutdown=self.close,
             standing=self.follower.standing if self.follower else dict,
         )
+        self.app.root = following.root if following else ""
         logger.info("%s (%s) serves", found.source, model.facts["kind"])
 
     def start(self) -> None:

@@ -123,7 +123,9 @@ def test_a_torn_version_is_refused_once_and_the_last_good_one_serves(
     followed.move("3")
     followed.follower.check()
     assert followed.version == "1"
-    assert "does not match its SHA-256" in followed.get("/v1/models/m")["refused"]
+    refused = followed.get("/v1/models/m")["refused"]
+    assert "does not match its SHA-256" in refused
+    assert str(tmp_path) not in refused
     assert 'deepseek_ray_model_swaps_total{outcome="refused"} 1.0' in followed.metrics
     assert "deepseek_ray_version_refused 1.0" in followed.metrics
     followed.move("1")
@@ -249,7 +251,7 @@ def test_what_the_program_tells_its_replica_follows_a_real_store(mlflow_template
     options = program.parser().parse_args(["models:/risk@champion", "--name", "m"])
     found, following = program._find(options, CONFIG, RunPaths(tmp_path), tmp_path / "cache")
     assert following is not None
-    app: Any = program.build(asdict(found), CONFIG.model_dump(), "cpu", KEY, "", asdict(following))
+    app: Any = program.build(asdict(found), CONFIG.model_dump(), "cpu", KEY, "", asdict(following), "")
 
     async def about() -> dict[str, Any]:
         async with client(app) as talk:
