@@ -7,6 +7,7 @@ import of ray, in the process that starts the cluster.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -21,6 +22,9 @@ from deepseek_ray.logs import QUIET_ENVIRONMENT, silence_telemetry
 from serve_apps import head
 
 APP_NAME = "default"
+COLLECT_AFTER = 50_000
+"""Containers made and not freed after which Python looks for cycles; with its 700 that is a tenth of a decision's CPU
+time. What a request needs is freed by reference counts, what stands at the start is frozen by Serve."""
 _port = 0  # what ``prepare`` was given
 
 
@@ -189,6 +193,7 @@ class Ingress:
             self._listener = Listener(factory(*args), own, **http)
             undo.pop_all()
         await self._listener.ready()
+        gc.set_threshold(COLLECT_AFTER)
 
     def check_health(self) -> None:
         """Called by Serve; an error makes it replace the replica."""
