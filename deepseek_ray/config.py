@@ -227,6 +227,10 @@ class ServingConfig(Section):
     def _check(self) -> ServingConfig:
         if bool(self.tls_certfile) != bool(self.tls_keyfile):
             raise ValueError("serving.tls_certfile and serving.tls_keyfile must be given together")
+        if max(self.batch_buckets, default=0) > self.max_batch_size:
+            raise ValueError(
+                f"serving.batch_buckets={self.batch_buckets} must be <= serving.max_batch_size={self.max_batch_size}"
+            )
         if self.threshold_policy == "cost" and not 0 < self.review_cost < self.missed_fraud_cost:
             raise ValueError(
                 f"threshold_policy=cost needs 0 < review_cost={self.review_cost:g} "

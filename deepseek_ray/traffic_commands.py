@@ -242,8 +242,8 @@ def _steps(text: str) -> list[float]:
 
 def _limits(given: Sequence[str]) -> dict[str, str]:
     pairs = dict(item.partition("=")[::2] for item in given)
-    if "" in pairs.values():
-        raise ConfigError(f"--limit {given[-1]!r} has no value.", fix="write NAME=VALUE, as in max_psi=0.3")
+    if empty := next((item for item in given if not item.partition("=")[2]), ""):
+        raise ConfigError(f"--limit {empty!r} has no value.", fix="write NAME=VALUE, as in max_psi=0.3")
     return pairs
 
 

@@ -143,6 +143,7 @@ def stop() -> None:
     from ray import serve
 
     if head.has_ended():
+        head.forget()
         return
     _expect_the_controllers_end()
     serve.shutdown()

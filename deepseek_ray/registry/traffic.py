@@ -16,7 +16,7 @@ from typing import NamedTuple
 from deepseek_ray.data.evidence import GateDecision
 from deepseek_ray.errors import RegistryError
 from deepseek_ray.registry.audit import AuditTransaction
-from deepseek_ray.registry.versions import CHAMPION, TRAFFIC_TAG, Registry, VersionInfo
+from deepseek_ray.registry.versions import TRAFFIC_TAG, Registry, VersionInfo
 
 CANARY = "canary"
 SHADOW = "shadow"
@@ -128,16 +128,15 @@ class TrafficBook:
     def crown(self, before: str, after: str, version: str, decision: GateDecision, words: Words) -> str:
         """Make a version champion and move the traffic, one as little without the other as two stores allow.
 
-        A version that is champion already, because a crash came between the two, only moves the traffic.
+        A version that is champion already, because a crash came between the two, gets the line that the history lacks.
 
         Returns:
             Like :meth:`admit`; raises like it.
         """
         info = self._registry.validate(version)
         with self._moving(before, after) as audit:
-            if self._registry.version_of(CHAMPION) != info.version and (
-                reason := self._registry.settle(audit, info, decision)
-            ):
+            crowned = self._registry.make_good(audit) == info.version
+            if not crowned and (reason := self._registry.settle(audit, info, decision)):
                 return reason
             self._write(audit, words, before, after)
         return ""

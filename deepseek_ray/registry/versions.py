@@ -209,7 +209,7 @@ class Registry:
         Returns:
             Why it is refused, or "".
         """
-        before = self.version_of(CHAMPION)
+        before = self.make_good(audit)
         reason = self._refusal(info, decision, before)
         action = "refuse" if reason else "promote" if crown else "admit"
         if action != "admit":
@@ -219,6 +219,20 @@ class Registry:
         if action == "promote":
             self._crown(info.version, previous=before)
         return reason
+
+    def make_good(self, audit: AuditTransaction) -> str | None:
+        """Add the line that the history lacks where a program ended between moving the champion and keeping its line.
+
+        Returns:
+            The champion now, None for none.
+        """
+        champion = self.version_of(CHAMPION)
+        entries = audit.entries(self.name)
+        before = entries[-1].champion_after if entries else None
+        if champion is not None and champion != before:
+            note = "noted later: whoever moved it kept no line"
+            audit.append(self._entry("promote", champion, before, champion, note=note))
+        return champion
 
     def rollback(self, note: str = "") -> VersionInfo:
         """Load ``previous``, score its probes, and only then make it champion again.
@@ -230,7 +244,7 @@ class Registry:
             ModelFormatError: it does not load; the champion stays.
         """
         with self.audit.transaction() as audit:
-            restored, before = self.version_of(PREVIOUS), self.version_of(CHAMPION)
+            restored, before = self.version_of(PREVIOUS), self.make_good(audit)
             if restored is None or restored == before:
                 raise RegistryError(f"{self.name!r} has no previous version.", fix="promote a version instead")
             self.get(restored).load()

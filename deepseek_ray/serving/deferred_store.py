@@ -66,11 +66,10 @@ class DeferredStore(StateMemory):
     def fetch(self, keys: Iterable[str]) -> None:
         """Begin a batch: read what is not at hand in one round trip, so that ``read_states`` of these needs none."""
         self.blind = set()  # a batch with nothing fresh neither keeps nor discards
-        self._fetch(keys)
-
-    def _fetch(self, keys: Iterable[str]) -> None:
         self._cache.trim()
-        missing = self._missing(keys)
+        self._fetch(self._missing(keys))
+
+    def _fetch(self, missing: Sequence[str]) -> None:
         for key, blob in zip(missing, self._store.read_states(missing) if missing else (), strict=True):
             self._cache.put(key, blob)
 
@@ -84,8 +83,10 @@ class DeferredStore(StateMemory):
 
     def read_states(self, keys: Sequence[str]) -> list[Stored | None]:
         """Newest states, written or not, in the order of the keys."""
-        if missing := self._missing(key for key in keys if key not in self.blind):
-            self._fetch(missing)
+        seen = [key for key in keys if key not in self.blind]
+        if self._missing(seen):  # not within a batch, whose keys are at hand
+            self._cache.trim()
+            self._fetch(self._missing(seen))
         return [None if key in self.blind else self._at_hand(key) for key in keys]
 
     def _at_hand(self, key: str) -> Stored | None:

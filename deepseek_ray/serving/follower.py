@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import torch
 from prometheus_client import Counter
 
 from deepseek_ray.errors import FeatureError, ModelFormatError
@@ -89,7 +88,6 @@ class AliasFollower(Periodic, ABC):
         super().failed(again=again)
 
     def _run(self) -> None:
-        torch.set_num_threads(1)
         self._once()  # a replica that Serve restarts goes on with what the registry says now
         self._looked.set()
         super()._run()

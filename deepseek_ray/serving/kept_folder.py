@@ -56,9 +56,13 @@ class KeptFolder:
 
     def _copy(self, files: Path, version: str, note: Mapping[str, Any]) -> None:
         copy = self._folder / f"{version}-{time.time_ns():x}-{os.getpid()}"
-        shutil.copytree(files, copy)
-        for one in [copy, *copy.rglob("*")]:
-            sync(one)  # before it is pointed at: the older copy goes
+        try:
+            shutil.copytree(files, copy)
+            for one in [copy, *copy.rglob("*")]:
+                sync(one)  # before it is pointed at: the older copy goes
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)  # half a copy makes a full disk fuller
+            raise
         replace_text(self._folder / CURRENT, json.dumps({**note, "folder": copy.name}))
         for old in self._folder.iterdir():
             if old.is_dir() and old != copy:

@@ -18,6 +18,7 @@ from deepseek_ray.data.events import Transaction
 from deepseek_ray.data.feature_client import FeatureClient
 from deepseek_ray.data.prediction_log import PredictionLog
 from deepseek_ray.data.state import StateStore
+from deepseek_ray.errors import EnvironmentProblemError
 from deepseek_ray.logs import get_logger
 from deepseek_ray.models.risk import RiskModel
 from deepseek_ray.online.recorded import decide_again
@@ -253,7 +254,7 @@ class RiskService:
         self.arm_metrics.fallback.set(0)
         try:
             self.last_good.keep(info)
-        except OSError as error:
+        except (OSError, EnvironmentProblemError) as error:
             logger.error("version %s serves, but no copy of it could be kept: %s", info.version, error)
 
     def _service(self, config: ServingConfig) -> Service:

@@ -105,19 +105,27 @@ class ShadowScorer:
         try:
             values, sequence = np.stack([row.values for row in rows]), np.stack([row.sequence for row in rows])
             scores = live.scorer.predict_proba(values, sequence)
+            pairs = [_pair(live, row, float(score)) for row, score in zip(rows, scores, strict=True)]
+        except Exception:  # a shadow may fail in any way
+            self._count(live.version, failed=True)
+            self._failed(live, rows)
+            return
+        self._count(live.version, failed=False)
+        try:
             if self._store is None:
                 self._store = ShadowScores(self._path, self._kept_rows)
-            self._store.add([_pair(live, row, float(score)) for row, score in zip(rows, scores, strict=True)])
-        except Exception:  # a shadow may fail in any way
-            self._metrics.shadow_failed.labels(live.version).inc(len(rows))
-            if not self._failing:
-                logger.exception("the shadow (version %s) failed", live.version)
-            self._failing = True
-            self._count(live.version, failed=True)
+            self._store.add(pairs)
+        except Exception:  # the disk's fault, say, and not the version's
+            self._failed(live, rows)
             return
         self._failing = False
-        self._count(live.version, failed=False)
         self._metrics.shadow_scored.labels(live.version).inc(len(rows))
+
+    def _failed(self, live: LiveModel, rows: Sequence[LoggedPrediction]) -> None:
+        self._metrics.shadow_failed.labels(live.version).inc(len(rows))
+        if not self._failing:
+            logger.exception("the shadow (version %s) failed", live.version)
+        self._failing = True
 
     def _count(self, version: str, *, failed: bool) -> None:
         name, calls, bad = self._calls

@@ -98,11 +98,13 @@ class RegistryWatcher(AliasFollower):
         """
         standing = self._registry().standing()
         version = standing.aliases.get(CHAMPION)
-        self.follow(version, self._predictor.live.version)
-        if version is not None and version == self._predictor.live.version and version != self._confirmed:
-            self._confirm(self._registry().get(version))
-        self._metrics.champion_refused.set(bool(self.refused))
-        self._follow_traffic(standing)
+        try:
+            self.follow(version, self._predictor.live.version)
+            if version is not None and version == self._predictor.live.version and version != self._confirmed:
+                self._confirm(self._registry().get(version))
+        finally:  # a champion that cannot be taken over yet must not keep arms that somebody takes back
+            self._metrics.champion_refused.set(bool(self.refused))
+            self._follow_traffic(standing)
 
     def take_over(self, version: str) -> None:
         """Let a version serve as champion; one that reads other features by way of a handover."""

@@ -95,6 +95,8 @@ def test_tls_takes_both_files_seen_from_the_run(tmp_path: Path) -> None:
     cert, key = make_certificate(tmp_path)
     with pytest.raises(ConfigError, match="tls_certfile"):
         build_config(overrides=["serving.tls_certfile=cert.pem"])
+    with pytest.raises(ConfigError, match=r"batch_buckets=\[8, 16\] must be <= serving.max_batch_size=4"):
+        build_config(overrides=["serving.max_batch_size=4", "serving.batch_buckets=[8,16]"])
     named = build_config(overrides=["serving.tls_certfile=cert.pem", "serving.tls_keyfile=key.pem"])
     serving = terminal.with_certificate(named, RunPaths(tmp_path)).serving
     wanted = {"keep_alive_timeout_s": 60, "ssl_certfile": str(cert), "ssl_keyfile": str(key)}

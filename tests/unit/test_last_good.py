@@ -32,6 +32,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "version"
 
 
+def test_half_a_copy_does_not_stay(tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        module.KeptFolder(tmp_path / "kept").put(package, "7", {})
+    assert [entry for entry in (tmp_path / "kept").iterdir() if entry.is_dir()] == []
+
+
 @pytest.fixture
 def kept(tmp_path: Path, package: Path) -> tuple[LastGood, FakeRegistry]:
     registry = FakeRegistry()

@@ -187,6 +187,14 @@ def test_the_deferred_store_reads_its_own_writes() -> None:
     assert store.blobs == {"a": b"1"}
 
 
+def test_a_full_cache_lets_nothing_go_that_is_being_read() -> None:
+    deferred = DeferredStore(MemoryStore(), cache_bytes=2_000)
+    deferred.write_states([("a", b"x" * 900, 1), ("b", b"x" * 900, 1)])
+    deferred.keep()
+    deferred.flush()
+    assert deferred.read_states(["a", "new"]) == [b"x" * 900, None]
+
+
 def test_states_in_memory_are_not_decoded_again_and_little_memory_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

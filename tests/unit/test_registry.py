@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,7 @@ from deepseek_ray.registry import (
 from deepseek_ray.registry.audit import Audit, AuditEntry
 from deepseek_ray.registry.package import Floats
 from deepseek_ray.registry.tracking import _sqlite_problem
+from deepseek_ray.registry.traffic import Words
 
 SCHEMA = InputSchema(
     columns=("amount", "count_1d"),
@@ -450,6 +452,23 @@ def test_traffic_moves_one_at_a_time_and_each_leaves_a_line(two: Registry) -> No
         move(book, "", "x" * 5_001)
     with two.audit.transaction() as audit, pytest.raises(sqlite3.IntegrityError, match="append-only"):
         audit.connection.execute("UPDATE traffic SET who = 'nobody'")
+
+
+def test_a_champion_whose_line_was_lost_gets_it_later_and_rollback_knows_it(
+    two: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, words = TrafficBook(two), Words("promote", "the service", "", "canary -> champion")
+    move(book, "", "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(book, "_write", Mock(side_effect=RegistryUnavailableError("MLflow is locked.", fix="wait")))
+        with pytest.raises(RegistryUnavailableError):
+            book.crown("a", "b", "2", decision("2", "1"), words)
+    assert (two.version_of("champion"), [entry.version for entry in two.history()]) == ("2", ["1"])
+    assert book.crown("a", "b", "2", decision("2", "1"), words) == ""
+    assert [(entry.version, entry.champion_before) for entry in two.history()] == [("1", None), ("2", "1")]
+    add_version(two, tmp_path / "third", 3.0, 1.0)
+    two.promote("3", decision("3", "2"))
+    assert [two.rollback().version for _ in range(2)] == ["2", "1"]
 
 
 def test_the_canary_alias_is_set_only_to_a_version_that_loads(two: Registry) -> None:

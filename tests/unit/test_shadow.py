@@ -93,6 +93,17 @@ def test_a_failing_shadow_is_counted_and_goes_on(tmp_path: Path) -> None:
         assert b'shadow_transactions_total{version="2"} 3.0' in made.monitor.render()
 
 
+def test_scores_that_cannot_be_kept_are_not_the_fault_of_the_version(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with rig(tmp_path) as made:
+        shadow = shadow_of(made, tmp_path / "file", live_model("2"))
+        asyncio.run(send(made, 3))
+        shadow.close()
+        assert b'shadow_failed_total{version="2"} 3.0' in made.monitor.render()
+        calls = shadow.calls("2")
+        assert (calls.calls > 0, calls.failed) == (True, 0)
+
+
 def test_without_a_shadow_nothing_is_queued_or_written(tmp_path: Path) -> None:
     with rig(tmp_path) as made:
         shadow = shadow_of(made, tmp_path, None)

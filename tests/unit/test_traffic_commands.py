@@ -100,7 +100,7 @@ def test_a_schedule_gives_the_first_step_and_limits_are_kept(registry: FakeRegis
         (["canary@2=5", "--dwell", "5"], "belong to a schedule"),
         (["canary@2", "--schedule", "a,b"], "no list of percentages"),
         (["canary@2", "challenger=5", "--schedule", "1,5"], "exactly one arm, not 2"),
-        (["canary@2=5", "--limit", "max_psi"], "has no value"),
+        (["canary@2=5", "--limit", "max_psi", "--limit", "alpha=0.1"], "'max_psi' has no value"),
         (["canary@2=5", "--limit", "colour=1"], "'limits.colour' = '1': unknown field"),
         (["canary@2=5", "--limit", "max_psi=high"], "'limits.max_psi' = 'high': not a number"),
         (["canary@2", "--schedule", "5,1"], ": steps must rise, above 0"),

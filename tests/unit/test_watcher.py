@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_ray.errors import FeatureError, ModelFormatError
+from deepseek_ray.errors import FeatureError, ModelFormatError, ServingError
 from deepseek_ray.models import RiskModel
 from deepseek_ray.registry import InputSchema, VersionInfo
 from deepseek_ray.serving.arm_metrics import ArmMetrics
@@ -45,13 +45,13 @@ class Watched(Rig):
             lambda: self.registry,  # type: ignore[arg-type,return-value]
             InputContract(vector, 2, model(NAMES, 2).config.label_delay_days),
             self.predictor,
-            Hooks({"3": 0.25}.get, lambda text: self.gone, self._note, self._hand_over),
+            Hooks({"3": 0.25}.get, lambda text: self.gone, self._note, lambda *given: self.take_in(*given)),
             monitor=self.monitor,
             metrics=self.metrics,
             poll_s=0.01,
         )
 
-    def _hand_over(self, info: VersionInfo, net: RiskModel, live: LiveModel) -> InputContract:
+    def take_in(self, info: VersionInfo, net: RiskModel, live: LiveModel) -> InputContract:
         if info.schema.feature_digest != "d2":
             raise FeatureError(f"cannot compute digest {info.schema.feature_digest}", fix="another commit")
         vector: Any = SimpleNamespace(service="risk_v1", digest="d2")
@@ -163,6 +163,20 @@ def _wait(done: Any) -> None:
             return
         asyncio.run(asyncio.sleep(0.01))
     raise AssertionError("not in ten seconds")
+
+
+def test_an_arm_is_taken_back_while_a_champion_cannot_be_taken_over_yet(watched: Watched, monkeypatch: Any) -> None:
+    def away(*_: Any) -> Any:
+        raise ServingError("The feature store is away.", fix="it is tried again")
+
+    watched.add("4", "canary")
+    watched.follow(("canary", "4", 50))
+    watched.add("5", schema={"feature_digest": "d2"})
+    monkeypatch.setattr(watched, "take_in", away)
+    watched.registry.traffic = ""
+    with pytest.raises(ServingError):
+        watched.watcher.check()
+    assert (watched.predictor.live.version, watched.arms) == ("2", {})
 
 
 def test_arms_and_shadow_come_and_go_with_the_policy(watched: Watched) -> None:
