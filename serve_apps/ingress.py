@@ -133,7 +133,9 @@ def start(factory: Callable[..., Any], *args: Any, host: str, http: Mapping[str,
             _deployment(serve).bind((host, _port), dict(http or {}), factory, *args), name=APP_NAME, route_prefix=None
         )
     except RuntimeError as error:
-        cause = serve.status().applications[APP_NAME].message or str(error)
+        status = serve.status().applications[APP_NAME]
+        causes = [deployment.message for deployment in status.deployments.values()]  # the replica's own last words
+        cause = "\n".join(text for text in [status.message, *causes] if text) or str(error)
         raise ServingError(f"The service did not start: {cause}", fix="see the error named last") from error
 
 

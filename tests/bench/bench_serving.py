@@ -31,6 +31,8 @@ from tests.bench.serving.providers import Provider, ours
 FLOOR, BARE, WHOLE, BATCHED = (
     "floor", "deepseek_ray, model only", "deepseek_ray, features and log", "Ray Serve, @serve.batch",
 )  # fmt: skip
+Part = tuple[dict[str, float], list[dict[str, object]]]
+"""Figures of the JSON, rows of the CSV."""
 PARTS = ("throughput", "steady", "swap", "step")
 OBJECTIVE_MS = 50.0
 _BEGUN = time.monotonic()
@@ -47,51 +49,56 @@ def main() -> int:
     options = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers end with it
     os.environ.setdefault(KEY_VARIABLE, "only-for-this-benchmark")
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        figures, rows = _quick(Path(folder), options) if options.quick else _full(Path(folder), options)
+        for found, rows in (_quick if options.quick else _full)(Path(folder), options):
+            figures |= found
+            _keep(figures, rows, options)
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+def _keep(figures: dict[str, float], rows: Sequence[dict[str, object]], options: argparse.Namespace) -> None:
+    """What is measured is kept at once: a later part may fail."""
     for line in rows:
         print(f"{line['figure']:<44} {line['provider']:<32} {line['value']:>10} ({line['low']} - {line['high']})")
-    print(json.dumps(figures, indent=2))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if options.out:
         append(rows, COLUMNS, options.out)
         _draw(rows, options.out.with_suffix(".png"))
-    return 0
 
 
-def _quick(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, object]]]:
+def _quick(folder: Path, options: argparse.Namespace) -> Iterator[Part]:
     run, model, file, records = _make_run(folder)
     known = {provider.name: provider for provider in ours(run, model, file, records)}
     chosen = [known[name] for name in (FLOOR, BARE, WHOLE, BATCHED)]
     with _running(chosen, folder):
         rounds = _rounds(chosen, options.rounds, 1.0)
+        yield _ratios(rounds), [*rounds.rows(FLOOR)]
         _say("swaps")
         swaps = swap.measure(known[WHOLE], run, 5)
-    return _ratios(rounds) | _swap_keys(swaps), [*rounds.rows(FLOOR), *_swap_rows(swaps)]
+        yield _swap_keys(swaps), _swap_rows(swaps)
 
 
-def _full(folder: Path, options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, object]]]:
+def _full(folder: Path, options: argparse.Namespace) -> Iterator[Part]:
     run, model, file, records = _make_run(folder)
     chosen = ours(run, model, file, records) + _peers(options.peers, model, file)
     known = {provider.name: provider for provider in chosen}
-    figures: dict[str, float] = {}
-    rows: list[dict[str, object]] = []
     if "throughput" in options.parts:
         with _running(chosen, folder) as started:
             rounds = _rounds(started, options.rounds, options.seconds)
-        figures, rows = _ratios(rounds), [*rounds.rows(FLOOR)]
+        yield _ratios(rounds), [*rounds.rows(FLOOR)]
     if {"steady", "swap"} & set(options.parts):
         three = [known[FLOOR], known[BARE], known[WHOLE]]
         with _running(three, folder):
             if "steady" in options.parts:
-                rows += steady(three, 100.0, 2.0)
+                yield {}, [*steady(three, 100.0, 2.0)]
             if "swap" in options.parts:
                 swaps = swap.measure(known[WHOLE], run, 20)
-                figures, rows = figures | _swap_keys(swaps), rows + _swap_rows(swaps)
+                yield _swap_keys(swaps), _swap_rows(swaps)
     if "step" in options.parts:
-        rows += _steps(folder, known[WHOLE], options.rounds)
-    return figures, rows
+        yield {}, _steps(folder, known[WHOLE], options.rounds)
 
 
 def _ratios(rounds: Rounds) -> dict[str, float]:
@@ -220,6 +227,8 @@ def _draw(rows: Sequence[dict[str, object]], target: Path) -> None:
     from matplotlib import pyplot
 
     shown = [line for line in rows if line["figure"] == "requests/s at 64 connections"]
+    if not shown:
+        return
     shown.sort(key=lambda line: float(str(line["value"])))
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(shown) + 1.5))
     bars = axes.barh([str(line["provider"]) for line in shown], [float(str(line["value"])) for line in shown])
