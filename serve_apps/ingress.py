@@ -59,20 +59,29 @@ def prepare(host: str, port: int, gcs_store: str = "") -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Make sure that the port can be listened on.
+    """Make sure that the port can be listened on; raises like ``held``."""
+    held(host, port).close()
+
+
+def held(host: str, port: int) -> socket.socket:
+    """Keeps a port for the replica as long as it is open: the system gives it to no other program, Ray's among them.
+
+    The replica may listen there all the same: the socket is bound and does not listen.
 
     Raises:
         EnvironmentProblemError: it is taken, or the host is not an address of this machine.
     """
-    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise EnvironmentProblemError(
-                f"{host}:{port} cannot be listened on: {error.strerror}.",
-                fix="stop the other server, or choose another port with --port",
-            ) from error
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise EnvironmentProblemError(
+            f"{host}:{port} cannot be listened on: {error.strerror}.",
+            fix="stop the other server, or choose another port with --port or --rpc-port",
+        ) from error
+    return made
 
 
 def check_certificate(certfile: Path, keyfile: Path) -> None:

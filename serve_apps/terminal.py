@@ -6,6 +6,7 @@ import argparse
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,26 @@ def serve(what: str, config: Config, start: Callable[[], None], *, log: Path | N
         log: file that the replica writes to, named too.
     """
     serving = config.serving
-    try:
-        start()
-        stop = _stop_signal()
-        rpc = f", gRPC on port {serving.rpc_port}" if serving.rpc_port > 0 else ""
-        scheme = "https" if serving.tls_certfile else "http"
-        print(f"serving {what} at {scheme}://{serving.host}:{serving.port}{rpc}, described at /docs", flush=True)
-        if log:
-            print(f"metrics at /metrics, log in {log}", flush=True)
-        while not stop.wait(LOOK_EVERY_S):
-            head.look_after()
-    finally:
-        ingress.stop()
+    with ExitStack() as ports:
+        for port in (serving.port, serving.rpc_port):
+            if port > 0:
+                ports.enter_context(ingress.held(serving.host, port))
+        try:
+            start()
+            stop = _stop_signal()
+            _announce(what, serving, log)
+            while not stop.wait(LOOK_EVERY_S):
+                head.look_after()
+        finally:
+            ingress.stop()
+
+
+def _announce(what: str, serving: ServingConfig, log: Path | None) -> None:
+    rpc = f", gRPC on port {serving.rpc_port}" if serving.rpc_port > 0 else ""
+    scheme = "https" if serving.tls_certfile else "http"
+    print(f"serving {what} at {scheme}://{serving.host}:{serving.port}{rpc}, described at /docs", flush=True)
+    if log:
+        print(f"metrics at /metrics, log in {log}", flush=True)
 
 
 def _stop_signal() -> threading.Event:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from deepseek_ray.paths import RunPaths
 from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.keys import add_key
 from serve_apps import ingress, model, risk, serve, terminal
+from serve_apps.listener import bound
 from tests.certificate import make_certificate
 
 
@@ -35,6 +37,21 @@ def test_a_port_just_given_back_can_be_taken_again() -> None:
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)):
         server.accept()[0].close()  # leaves the port in TIME_WAIT
     ingress.check_port("127.0.0.1", port)
+
+
+def test_a_held_port_is_given_to_no_one_else_and_the_replica_listens_there() -> None:
+    with ExitStack() as opened:
+        port = ingress.free_port()
+        opened.enter_context(ingress.held("127.0.0.1", port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        with pytest.raises(OSError, match="in use"):
+            opened.enter_context(closing(socket.socket())).bind(("127.0.0.1", port))
+        listening = opened.enter_context(bound("127.0.0.1", port))
+        listening.listen()
+        opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+        with pytest.raises(EnvironmentProblemError, match="--rpc-port"):
+            ingress.held("127.0.0.1", port)
 
 
 def test_serving_without_a_key_stops_before_anything_starts(tmp_path: object) -> None:
