@@ -25,6 +25,6 @@ def test_the_quick_figures(tmp_path: Path) -> None:
 
 
 def test_a_short_soak() -> None:
-    command = [sys.executable, "-m", "tests.bench.soak", "--minutes", "0.5", "--share", "0.3"]
+    command = [sys.executable, "-m", "tests.bench.soak", "--minutes", "0.5", "--warm-up", "0.1", "--share", "0.3"]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
     assert "failed=0" in done.stdout, done.stdout + done.stderr

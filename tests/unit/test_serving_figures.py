@@ -40,3 +40,10 @@ def test_each_transaction_is_a_new_one() -> None:
     first, second = json.loads(next(made)), json.loads(next(made))
     assert first["transaction_id"] != second["transaction_id"]
     assert trace([1.0], [500]).failed == 1
+
+
+def test_cards_are_drawn_of_as_many_as_are_asked_for() -> None:
+    made = bodies("transaction:10")
+    seen = [json.loads(next(made)) for _ in range(500)]
+    counts = [len({body[name] for body in seen}) for name in ("card_id", "terminal_id", "device_id")]
+    assert counts == [10, 2, 10]

@@ -28,7 +28,8 @@ import httptools
 import numpy as np
 
 KEY_VARIABLE = "DEEPSEEK_RAY_API_KEY"
-NUM_CARDS, NUM_TERMINALS, NUM_DEVICES = 5_000, 1_000, 5_000
+NUM_CARDS = 5_000
+CARDS_A_TERMINAL = 5
 TIMEOUT_S = 30.0
 
 
@@ -126,9 +127,9 @@ _MAKE = {
 
 def _wrk(wrk: str, url: str, body: str, connections: int, seconds: float) -> Throughput:
     kind, _, detail = body.partition(":")
-    text = Path(detail).read_text(encoding="utf-8") if detail else ""
-    run = f"w{time.time_ns()}"
-    make = _MAKE[kind] % {"body": text, "cards": NUM_CARDS, "terminals": NUM_TERMINALS, "devices": NUM_DEVICES}
+    text = Path(detail).read_text(encoding="utf-8") if kind == "vector" else ""
+    run, cards = f"w{time.time_ns()}", _num_cards(detail)
+    make = _MAKE[kind] % {"body": text, "cards": cards, "terminals": cards // CARDS_A_TERMINAL, "devices": cards}
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_LUA % {"key": KEY_VARIABLE, "run": run, "seed": random.randrange(1 << 30), "make": make})
         script.flush()
@@ -222,14 +223,16 @@ class Client:
     async def open_loop(self, schedule: list[tuple[float, float]], seed: int = 0) -> None:
         """Poisson arrivals at one rate after the other, (requests/s, s) each."""
         rng = random.Random(seed)
-        tasks: list[asyncio.Task[None]] = []
+        tasks: set[asyncio.Task[None]] = set()  # of requests on their way: a long run has millions that are done
         self.start = due = end = time.perf_counter()
         for rate, seconds in schedule:
             end += seconds
             while (due := due + rng.expovariate(rate)) < end:
                 if (ahead := due - time.perf_counter()) > 0:
                     await asyncio.sleep(ahead)
-                tasks.append(asyncio.create_task(self.send(due)))
+                task = asyncio.create_task(self.send(due))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
             due = end
         await asyncio.gather(*tasks)
 
@@ -245,28 +248,35 @@ class Client:
 
 
 def bodies(kind: str) -> Iterator[bytes]:
-    """Request bodies without end: ``transaction`` makes new ones, ``vector:FILE`` repeats the one in a file."""
-    name, _, file = kind.partition(":")
+    """Request bodies without end: ``vector:FILE`` repeats the one in a file, ``transaction`` makes new ones.
+
+    Cards, a fifth as many terminals, and devices are drawn evenly; ``transaction:CARDS`` says of how many.
+    """
+    name, _, detail = kind.partition(":")
     if name == "vector":
-        body = Path(file).read_bytes()
+        body = Path(detail).read_bytes()
         while True:
             yield body
     rng, run, stamp = random.Random(), f"l{time.time_ns()}", datetime.now(UTC).isoformat()
-    number = 0
+    number, cards = 0, _num_cards(detail)
     while True:
         number += 1
         yield (
-            f'{{"transaction_id":"{run}-{number}","event_time":"{stamp}","card_id":"c{rng.randrange(NUM_CARDS)}",'
-            f'"terminal_id":"t{rng.randrange(NUM_TERMINALS)}","device_id":"d{rng.randrange(NUM_DEVICES)}",'
+            f'{{"transaction_id":"{run}-{number}","event_time":"{stamp}","card_id":"c{rng.randrange(cards)}",'
+            f'"terminal_id":"t{rng.randrange(cards // CARDS_A_TERMINAL)}","device_id":"d{rng.randrange(cards)}",'
             f'"amount_cents":{rng.randrange(30_000)},"channel":"online","country":"DE"}}'
         ).encode()
+
+
+def _num_cards(detail: str) -> int:
+    return int(detail) if detail.isdigit() else NUM_CARDS
 
 
 def main() -> int:
     """Run one schedule and print what became of each request."""
     parser = argparse.ArgumentParser(description="Load over HTTP on a schedule.")
     parser.add_argument("--url", required=True)
-    parser.add_argument("--body", required=True, help="transaction, or vector:FILE")
+    parser.add_argument("--body", required=True, help="transaction[:CARDS] or vector:FILE")
     parser.add_argument("--schedule", required=True, help="RATExSECONDS,... or closed:CONNECTIONSxSECONDS")
     options = parser.parse_args()
     start_s, rows = asyncio.run(_run(options.url, options.body, options.schedule))
