@@ -81,6 +81,8 @@ class RiskApp(AsgiApp):
         received_s = time.perf_counter()
         service = self._service
         body = await read_body(scope, receive, service.max_body_bytes)
+        if not wire.may_hold_many(body):  # a refusal before the body is read costs half of one after it
+            service.batcher.check(service.patience.deadline_s(scope["headers"], received_s, 1))
         events, many = wire.parse_transactions(body, service.limits, service.now_us())
         scope["grant"].bucket.charge(len(events) - 1)
         result = await service.batcher.submit(

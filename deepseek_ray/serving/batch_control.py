@@ -6,6 +6,9 @@ kept. Throughput b / s(b) grows with b. An item that comes just after a batch ha
 that one and then takes part in the next, so the best cap is the largest b for which s(b) + ratio * s(b) stays within
 the objective for nearly all ratios. Where a machine pauses so often that no b does, or only batches so small that half
 of the throughput is lost, it is the one with most answers in time: small batches would spare no one the pauses.
+
+What the event loop takes to read a request and to send its answer is none of the worker's time, and is the client's all
+the same: it is measured from answer to answer and taken off the objective.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ FADE, LEAST = 0.9, 0.1
 say nothing of how fast the machine is now, and still what one item more costs."""
 OUTLIER = 3.0
 """A batch counts for at most so many times what was expected: one pause of the machine moves little."""
-NUM_RATIOS = 100
-"""Of the last batches, observed / mean time: seconds of busy time, and enough to see one in a hundred."""
+NUM_RECENT = 100
+"""So many of the last batches are looked at: seconds of busy time, and enough to see one in a hundred."""
+LOOP_SHARE = 0.9
+"""Of the last batches, whose answers had left after what is reckoned with for the event loop."""
+MAX_LOOP = 0.5
+"""The event loop is granted at most this share of the objective: a worker that refuses all has no answers to see."""
 IN_TIME = 0.995
 """Share of answers that shall be in time: somewhat more than the 99 of 100 of the objective."""
 WORTH = 0.5
@@ -39,27 +46,32 @@ MIN_BATCHES = 5
 """Before so many batches nothing is known and nothing is restricted."""
 
 
-class Ratios:
-    """The last observed / mean times of batches, in order of size."""
+class Recent:
+    """The last values of something, in order of size.
 
-    def __init__(self) -> None:
+    Args:
+        before: what ``quantile`` says before the first.
+    """
+
+    def __init__(self, before: float) -> None:
+        self._before = before
         self._last: deque[float] = deque()
         self._sorted: list[float] = []
 
-    def add(self, ratio: float) -> None:
+    def add(self, value: float) -> None:
         """Take in one; the oldest goes."""
-        if len(self._last) == NUM_RATIOS:
+        if len(self._last) == NUM_RECENT:
             self._sorted.pop(bisect_right(self._sorted, self._last.popleft()) - 1)
-        self._last.append(ratio)
-        insort(self._sorted, ratio)
+        self._last.append(value)
+        insort(self._sorted, value)
 
     def within(self, bound: float) -> float:
         """Share that is at most ``bound``; 1 before the first."""
         return bisect_right(self._sorted, bound) / len(self._sorted) if self._sorted else 1.0
 
     def quantile(self, share: float) -> float:
-        """The ratio that a share of all stays within; 1 before the first."""
-        return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else 1.0
+        """The value that a share of all stays within."""
+        return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else self._before
 
 
 @dataclass(slots=True)
@@ -84,13 +96,13 @@ class ServiceTime:
 
     Attributes:
         batches: how many it has seen.
-        ratios: how far they were from what was expected.
+        ratios: observed / expected times of the last ones.
     """
 
     def __init__(self) -> None:
         self._base = self._slope = 0.0  # s(b) = base + slope * b
         self._means: dict[int, _Mean] = {}  # by the power of GROWTH that is nearest
-        self.ratios = Ratios()
+        self.ratios = Recent(before=1.0)
         self.batches = 0
 
     def mean_s(self, size: int) -> float:
@@ -133,6 +145,7 @@ class BatchControl:
     Attributes:
         cap: items that a batch may hold now.
         objective_s: as given.
+        loop_s: what a request waits for the event loop, when it comes and when its answer leaves.
     """
 
     def __init__(self, max_batch_size: int, objective_s: float = 0.0, buckets: Sequence[int] = ()) -> None:
@@ -140,6 +153,8 @@ class BatchControl:
         self.objective_s = objective_s
         self._buckets = tuple(sorted(set(buckets)))
         self._time = ServiceTime()
+        self._loop = Recent(before=0.0)
+        self.loop_s = 0.0
         self._rate, self._arrived_s = 0.0, 0.0
         self._sizes = self._buckets or _sizes(max_batch_size)
         self.cap = self._sizes[-1]
@@ -158,6 +173,15 @@ class BatchControl:
         self._time.observe(self.padded(size), seconds)
         if self.objective_s and self.knows:
             self.cap = self._best()
+
+    def answered(self, woke_s: float, left_s: float) -> None:
+        """Take in how long after a batch the event loop woke up, and its last answer left; called from that loop.
+
+        A request that comes waits for the loop as long as the loop took to wake up.
+        """
+        self._loop.add(woke_s + left_s)
+        loop_s = self._loop.quantile(LOOP_SHARE)
+        self.loop_s = min(loop_s, MAX_LOOP * self.objective_s) if self.objective_s else loop_s
 
     def arrived(self, weight: int, now_s: float) -> None:
         """Take in that items came: batches fill up with what comes while they wait."""
@@ -180,7 +204,7 @@ class BatchControl:
         """What a slow batch takes, over the mean: not more than the objective leaves for a batch of the cap."""
         bound = MAX_MARGIN
         if self.objective_s and (mean_s := self.batch_s(self.cap)):
-            bound = min(self.objective_s / mean_s - 1.0, bound)
+            bound = min((self.objective_s - self.loop_s) / mean_s - 1.0, bound)
         return max(min(self._time.ratios.quantile(IN_TIME), bound), 1.0)
 
     def finish_s(self, left_s: float, ahead: int, weight: int) -> float:
@@ -198,14 +222,14 @@ class BatchControl:
             full, rest = full + 1, 0
         start_s = left_s + (full * self.slow_s(self.cap) if full else 0.0)
         own = rest + weight + int(self._rate * start_s)  # others join it until it starts
-        return start_s + self.slow_s(min(own, max(self.cap, weight)))
+        return start_s + self.slow_s(min(own, max(self.cap, weight))) + self.loop_s
 
     def _best(self) -> int:
         fitting = most = self._sizes[-1]
         kept_rate = rate = 0.0
         for size in self._sizes:
             mean_s = self.batch_s(size)
-            share = self._time.ratios.within(self.objective_s / mean_s - 1.0)
+            share = self._time.ratios.within((self.objective_s - self.loop_s) / mean_s - 1.0)
             if share * size / mean_s > rate:
                 most, rate = size, share * size / mean_s
             if share >= IN_TIME:

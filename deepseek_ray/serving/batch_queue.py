@@ -70,16 +70,19 @@ class BatchQueue(Generic[T]):
     def offer(self, entry: Entry[T], now_s: float) -> Refusal | None:
         """Let an entry in, or say why not. One that finds the worker free and nothing waiting always gets in."""
         self.control.arrived(entry.weight, now_s)
-        wait_s = self.wait_s(entry.weight, now_s)
-        refused: Reason | None = None
-        if self.queued and self.queued + entry.weight > self._max_queued:
-            refused = "queue_full"
-        elif (self._waiting or self._running) and now_s + wait_s > entry.deadline_s:
-            refused = "deadline"
-        if refused:
-            return Refusal(refused, wait_s)
-        self._waiting.append(entry)
-        self.queued += entry.weight
+        refusal = self.refusal(entry.weight, entry.deadline_s, now_s)
+        if refusal is None:
+            self._waiting.append(entry)
+            self.queued += entry.weight
+        return refusal
+
+    def refusal(self, weight: int, deadline_s: float, now_s: float) -> Refusal | None:
+        """Why an item would not be let in now."""
+        wait_s = self.wait_s(weight, now_s)
+        if self.queued and self.queued + weight > self._max_queued:
+            return Refusal("queue_full", wait_s)
+        if (self._waiting or self._running) and now_s + wait_s > deadline_s:
+            return Refusal("deadline", wait_s)
         return None
 
     def wait_s(self, weight: int, now_s: float) -> float:
@@ -137,4 +140,4 @@ class BatchQueue(Generic[T]):
         if not before and not self._waiting:  # alone: the estimate may be wrong, only trying shows it
             return now_s >= entry.deadline_s
         size = min(before + entry.weight + self.queued, max(self.control.cap, entry.weight))
-        return now_s + self.control.slow_s(size) > entry.deadline_s
+        return now_s + self.control.slow_s(size) + self.control.loop_s > entry.deadline_s

@@ -110,8 +110,22 @@ class Batcher(Generic[Item, Result]):
             if refusal is None:
                 self._wake.notify()
         if refusal is not None:
-            raise self._refused(refusal, entry, now_s)
+            raise self._refused(refusal, deadline_s, now_s)
         return await waiting.future
+
+    def check(self, deadline_s: float) -> None:
+        """Refuse an item of weight 1 that ``submit`` would refuse, before anything is done for it.
+
+        Raises:
+            OverloadedError, LateError: as ``submit``.
+        """
+        now_s = time.perf_counter()
+        with self._wake:
+            refusal = self.queue.refusal(1, deadline_s, now_s)
+            if refusal is not None:
+                self.queue.control.arrived(1, now_s)
+        if refusal is not None:
+            raise self._refused(refusal, deadline_s, now_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish what waits, refuse what comes, stop the worker; what a worker that hangs leaves undone is refused."""
@@ -132,7 +146,7 @@ class Batcher(Generic[Item, Result]):
         )
         _finish(left, [error] * len(left))
 
-    def _refused(self, refusal: Refusal, entry: Entry[_Waiting[Item, Result]], now_s: float) -> OverloadedError:
+    def _refused(self, refusal: Refusal, deadline_s: float, now_s: float) -> OverloadedError:
         if refusal.reason == "queue_full":
             return OverloadedError(
                 f"The queue holds {self.queued} of at most {self._max_queued} transactions.",
@@ -140,12 +154,12 @@ class Batcher(Generic[Item, Result]):
                 retry_after_s=refusal.wait_s,
             )
         what = f"would be answered in {refusal.wait_s * 1e3:.0f} ms"
-        return _late(what, "deadline", entry, now_s, refusal.wait_s)
+        return _late(what, "deadline", deadline_s, now_s, refusal.wait_s)
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
             if batch:
-                _finish(batch, self._results(batch))
+                _finish(batch, self._results(batch), self.queue.control.answered)
                 _attempt(self._after)
                 with self._wake:
                     self.queue.finished(time.perf_counter())
@@ -190,11 +204,11 @@ def _attempt(deferred: Callable[[], None] | None) -> None:
 
 
 def _expired(entry: Entry[_Waiting[Item, Result]], now_s: float) -> LateError:
-    return _late(f"has waited {(now_s - entry.arrived_s) * 1e3:.0f} ms", "expired", entry, now_s)
+    return _late(f"has waited {(now_s - entry.arrived_s) * 1e3:.0f} ms", "expired", entry.deadline_s, now_s)
 
 
-def _late(what: str, kind: str, entry: Entry[_Waiting[Item, Result]], now_s: float, wait_s: float = 0.0) -> LateError:
-    left_ms = (entry.deadline_s - now_s) * 1e3
+def _late(what: str, kind: str, deadline_s: float, now_s: float, wait_s: float = 0.0) -> LateError:
+    left_ms = (deadline_s - now_s) * 1e3
     return LateError(
         f"The request {what}; its deadline {f'is in {left_ms:.0f} ms' if left_ms > 0 else 'is past'}.",
         fix="retry later, or allow more time with the header X-Request-Timeout-Ms",
@@ -203,18 +217,29 @@ def _late(what: str, kind: str, entry: Entry[_Waiting[Item, Result]], now_s: flo
     )
 
 
-def _finish(batch: Sequence[_Waiting[Item, Result]], results: Sequence[Result | Exception]) -> None:
+def _finish(
+    batch: Sequence[_Waiting[Item, Result]],
+    results: Sequence[Result | Exception],
+    tell: Callable[[float, float], None] | None = None,
+) -> None:
+    """Hand results over to the event loops that wait for them; ``tell`` hears how long one took, see BatchControl."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Result], Result | Exception]]] = {}
     for waiting, result in zip(batch, results, strict=True):
         by_loop.setdefault(waiting.loop, []).append((waiting.future, result))
     for loop, pairs in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_settle, pairs)
+            loop.call_soon_threadsafe(_settle, loop, pairs, time.perf_counter(), tell)
         except RuntimeError:  # the loop has closed: no one waits any more
             continue
 
 
-def _settle(pairs: Sequence[tuple[asyncio.Future[Result], Result | Exception]]) -> None:
+def _settle(
+    loop: asyncio.AbstractEventLoop,
+    pairs: Sequence[tuple[asyncio.Future[Result], Result | Exception]],
+    done_s: float,
+    tell: Callable[[float, float], None] | None,
+) -> None:
+    woke_s = time.perf_counter() - done_s
     for future, result in pairs:
         if future.done():
             continue
@@ -222,3 +247,5 @@ def _settle(pairs: Sequence[tuple[asyncio.Future[Result], Result | Exception]]) 
             future.set_exception(result)
         else:
             future.set_result(result)
+    if tell is not None:  # the loop runs what it was given in order: the answers leave first
+        loop.call_soon(lambda: tell(woke_s, time.perf_counter() - done_s))

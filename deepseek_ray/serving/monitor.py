@@ -43,6 +43,7 @@ class HttpMonitor:
         self._age = self._gauge("queue_age_seconds", f"How long the oldest of the {unit} has waited.")
         self._cap = self._gauge("batch_cap", f"{unit.capitalize()} that a batch may hold now.")
         self._service = self._gauge("predicted_batch_seconds", "Expected time of a batch of the cap's size.")
+        self._loop = self._gauge("event_loop_seconds", "What a request waits for the event loop, in and out.")
         self._objective = self._gauge("latency_objective_seconds", "99 of 100 answers shall take no longer; 0: none.")
         self._of_route = cache(self._series)  # looking a series up by its labels costs more than counting
 
@@ -76,6 +77,7 @@ class HttpMonitor:
         self._age.set_function(lambda: queue.age_s(time.perf_counter()))
         self._cap.set_function(lambda: control.cap)
         self._service.set_function(lambda: control.batch_s(control.cap))
+        self._loop.set_function(lambda: control.loop_s)
         self._objective.set(control.objective_s)
 
     @contextmanager

@@ -40,6 +40,11 @@ class Limits:
     max_future_us: int
 
 
+def may_hold_many(body: bytes) -> bool:
+    """Whether a body may be a list of transactions; one that is not is one transaction, or wrong."""
+    return b'"transactions"' in body
+
+
 def parse_transactions(body: bytes, limits: Limits, now_us: int) -> tuple[list[Transaction], bool]:
     """The transactions of a body, and whether it held a list of them.
 

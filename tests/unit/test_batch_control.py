@@ -56,6 +56,33 @@ def test_the_cap_is_the_largest_batch_that_fits_twice_into_the_objective() -> No
     assert fed(BatchControl(256), [1, 8, 16, 32, 48, 64] * 10).cap == 256
 
 
+def test_what_the_event_loop_takes_is_taken_off_the_objective() -> None:
+    control = fed(BatchControl(256, OBJECTIVE_S), [1, 8, 16, 32, 48, 64] * 10)
+    alone_s = control.finish_s(0.0, 0, 1)
+    for _ in range(20):
+        control.answered(0.003, 0.007)
+    fed(control, [1])
+    assert control.cap == pytest.approx((20 - 4) / 0.35, rel=0.1)
+    assert control.finish_s(0.0, 0, 1) == pytest.approx(alone_s + 0.010)
+    queue: BatchQueue[int] = BatchQueue(control, max_queued=1_000)
+    assert queue.offer(Entry(0, 1, 0.0, 0.020), 0.0) is None
+    queue.take(0.0)
+    assert queue.refusal(1, 0.018, 0.0) == queue.offer(Entry(1, 1, 0.0, 0.018), 0.0) is not None
+    assert queue.offer(Entry(2, 1, 0.0, 0.020), 0.0) is None
+
+
+def test_an_event_loop_that_is_always_late_does_not_shut_the_service() -> None:
+    control = fed(BatchControl(64, OBJECTIVE_S), [1, 8, 16, 32] * 10)
+    for _ in range(20):
+        control.answered(1.0, 1.0)
+    fed(control, [1])
+    assert control.loop_s == OBJECTIVE_S / 2
+    assert control.cap > 1
+    fast = BatchControl(64)
+    fast.answered(1.0, 1.0)
+    assert fast.loop_s == 2.0, "deadlines of clients are as long as they say"
+
+
 def test_a_worker_that_cannot_keep_the_objective_works_as_much_as_it_can() -> None:
     assert fed(BatchControl(64, 0.001), [1, 2, 4] * 5).cap == 64
 

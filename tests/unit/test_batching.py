@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 
-from deepseek_ray.errors import OverloadedError
+from deepseek_ray.errors import LateError, OverloadedError
 from deepseek_ray.serving.batching import Batcher
 
 
@@ -101,6 +103,46 @@ def test_a_client_that_leaves_while_waiting_costs_no_work() -> None:
     asyncio.run(story())
     batcher.close()
     assert work.batches == [[0], [2]]
+
+
+def test_what_the_event_loop_takes_for_the_answers_is_seen() -> None:
+    batcher = Batcher[int, int](list, max_batch_size=8, max_queued=100)
+
+    async def slow_answer(item: int) -> None:
+        await batcher.submit(item)
+        time.sleep(0.01)  # what writing an answer takes
+
+    async def story() -> None:
+        await asyncio.gather(*(slow_answer(item) for item in range(3)))
+        await asyncio.sleep(0.05)
+
+    asyncio.run(story())
+    batcher.close()
+    assert batcher.queue.control.loop_s > 0.01
+
+
+def test_what_would_be_refused_is_known_before_it_is_handed_in() -> None:
+    work = Work()
+    batcher = Batcher[int, int](work, max_batch_size=1, max_queued=1)
+    for _ in range(6):
+        batcher.queue.control.observe(1, 1.0)
+
+    async def story() -> None:
+        batcher.check(0.0)  # the worker is idle: tried whatever is predicted
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.to_thread(work.started.wait, 10)
+        with pytest.raises(LateError):
+            batcher.check(time.perf_counter() + 0.5)
+        batcher.check(math.inf)
+        second = asyncio.create_task(batcher.submit(1))
+        await asyncio.sleep(0.01)
+        with pytest.raises(OverloadedError, match="queue holds 1 of at most 1"):
+            batcher.check(math.inf)
+        work.gate.set()
+        await asyncio.gather(first, second)
+
+    asyncio.run(story())
+    batcher.close()
 
 
 def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:

@@ -71,6 +71,25 @@ def test_work_past_its_deadline_is_not_done(made: Rig, patience: Patience) -> No
     assert 'deepseek_ray_shed_requests_total{reason="expired"} 1.0' in metrics
 
 
+def test_a_body_that_cannot_be_taken_is_not_read(made: Rig) -> None:
+    held = Held(made)
+    for _ in range(6):
+        held.batcher.queue.control.observe(1, 2.0)
+
+    async def story() -> list[tuple[int, str]]:
+        async with client_of(made.make_app(made.service(batcher=held.batcher))) as client:
+            first = asyncio.create_task(client.post(SCORE, json=body(event(1))))
+            await asyncio.to_thread(held.started.wait, 10)
+            soon = {"X-Request-Timeout-Ms": "100"}
+            told = [await client.post(SCORE, content=content, headers=soon) for content in (b"{", b'{"transactions":')]
+            held.gate.set()
+            await first
+            return [(answer.status_code, answer.json()["type"].rpartition(":")[2]) for answer in told]
+
+    assert asyncio.run(story()) == [(503, "deadline"), (400, "malformed-json")]
+    held.batcher.close()
+
+
 def test_what_would_be_late_is_refused_at_once(made: Rig) -> None:
     held = Held(made)
     for _ in range(6):
