@@ -155,6 +155,7 @@ class BatchControl:
         self._time = ServiceTime()
         self._loop = Recent(before=0.0)
         self.loop_s = 0.0
+        self._slow = 1.0  # a slow batch over the mean
         self._rate, self._arrived_s = 0.0, 0.0
         self._sizes = self._buckets or _sizes(max_batch_size)
         self.cap = self._sizes[-1]
@@ -173,6 +174,7 @@ class BatchControl:
         self._time.observe(self.padded(size), seconds)
         if self.objective_s and self.knows:
             self.cap = self._best()
+        self._slow = self._margin()
 
     def answered(self, woke_s: float, left_s: float) -> None:
         """Take in how long after a batch the event loop woke up, and its last answer left; called from that loop.
@@ -198,7 +200,7 @@ class BatchControl:
 
     def slow_s(self, size: int) -> float:
         """Seconds of a batch that is one of the slow ones; 0 while nothing is known."""
-        return self._margin() * self.batch_s(size)
+        return self._slow * self.batch_s(size)
 
     def _margin(self) -> float:
         """What a slow batch takes, over the mean: not more than the objective leaves for a batch of the cap."""

@@ -25,6 +25,9 @@ logger = get_logger(__name__)
 IDLE_S = 0.002
 """Longer than a client on the same machine takes to send its next request."""
 
+OVERLOAD_S = 1.0
+"""So long after a refusal more are expected."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -76,6 +79,7 @@ class Batcher(Generic[Item, Result]):
         )
         self._wake = threading.Condition()
         self._closed = False
+        self._refused_s = -math.inf
         self._busy_with: Sequence[_Waiting[Item, Result]] = ()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -116,10 +120,14 @@ class Batcher(Generic[Item, Result]):
     def check(self, deadline_s: float) -> None:
         """Refuse an item of weight 1 that ``submit`` would refuse, before anything is done for it.
 
+        It looks only while there is overload: a call that nobody refuses is for nothing.
+
         Raises:
             OverloadedError, LateError: as ``submit``.
         """
         now_s = time.perf_counter()
+        if now_s - self._refused_s > OVERLOAD_S:
+            return
         with self._wake:
             refusal = self.queue.refusal(1, deadline_s, now_s)
             if refusal is not None:
@@ -147,6 +155,7 @@ class Batcher(Generic[Item, Result]):
         _finish(left, [error] * len(left))
 
     def _refused(self, refusal: Refusal, deadline_s: float, now_s: float) -> OverloadedError:
+        self._refused_s = now_s
         if refusal.reason == "queue_full":
             return OverloadedError(
                 f"The queue holds {self.queued} of at most {self._max_queued} transactions.",

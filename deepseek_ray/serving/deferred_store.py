@@ -18,28 +18,25 @@ Write = tuple[str, Stored, int]
 
 
 class _Cache:
-    """States by key, None for a key that the store lacks; bounded in bytes."""
+    """Newest states by key, None for a key that the store lacks; the first to go was written, or read
+    anew, the longest ago. Bounded in bytes when it is trimmed."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self._bytes = max_bytes, 0
-        self._states: OrderedDict[str, Stored | None] = OrderedDict()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._states
-
-    def get(self, key: str) -> Stored | None:
-        self._states.move_to_end(key)
-        return self._states[key]
+        self.states: OrderedDict[str, Stored | None] = OrderedDict()
+        self._sizes: dict[str, int] = {}
 
     def put(self, key: str, state: Stored | None) -> None:
-        self._bytes += _size(state) - (_size(self._states[key]) if key in self._states else 0)
-        self._states[key] = state
-        self._states.move_to_end(key)
+        size = _size(state)
+        self._bytes += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.states[key] = state
+        self.states.move_to_end(key)
 
     def trim(self) -> None:
         """Let the oldest go; not while a batch still counts on what it fetched."""
         while self._bytes > self.max_bytes:
-            self._bytes -= _size(self._states.popitem(last=False)[1])
+            self._bytes -= self._sizes.pop(self.states.popitem(last=False)[0])
 
 
 def _size(state: Stored | None) -> int:
@@ -49,7 +46,10 @@ def _size(state: Stored | None) -> int:
 
 
 class DeferredStore(StateMemory):
-    """Holds writes back in two steps: staged (may be undone), then kept (will be written)."""
+    """Holds writes back in two steps: staged (may be undone), then kept (will be written).
+
+    What is kept is in the cache too, and beside it until it is written: the cache may let it go.
+    """
 
     def __init__(self, store: StateStore, cache_bytes: int = CACHE_BYTES) -> None:
         self._store = store
@@ -78,20 +78,24 @@ class DeferredStore(StateMemory):
         self.blind = set(self._missing(keys))
 
     def _missing(self, keys: Iterable[str]) -> list[str]:
-        staged, kept, cache = self._staged, self._kept, self._cache
-        return [key for key in dict.fromkeys(keys) if key not in kept and key not in cache and key not in staged]
+        states = self._cache.states
+        absent = dict.fromkeys(key for key in keys if key not in states)
+        return [key for key in absent if key not in self._kept and key not in self._staged]
 
     def read_states(self, keys: Sequence[str]) -> list[Stored | None]:
         """Newest states, written or not, in the order of the keys."""
-        seen = [key for key in keys if key not in self.blind]
+        seen = [key for key in keys if key not in self.blind] if self.blind else keys
         if self._missing(seen):  # not within a batch, whose keys are at hand
             self._cache.trim()
             self._fetch(self._missing(seen))
-        return [None if key in self.blind else self._at_hand(key) for key in keys]
+        return [self._at_hand(key) for key in keys]
 
     def _at_hand(self, key: str) -> Stored | None:
-        entry = self._staged.get(key) or self._kept.get(key)
-        return entry[1] if entry else self._cache.get(key)
+        if key in self._staged:
+            return self._staged[key][1]
+        if key in self._cache.states:
+            return self._cache.states[key]
+        return self._kept[key][1] if key in self._kept else None  # a blind one
 
     def write_states(self, states: Iterable[Write]) -> None:
         """Stage states."""
@@ -99,7 +103,9 @@ class DeferredStore(StateMemory):
 
     def keep(self) -> None:
         """Make what is staged final."""
-        self._kept |= self._staged
+        for key, write in self._staged.items():
+            self._kept[key] = write
+            self._cache.put(key, write[1])
         self._staged, self.blind = {}, set()
 
     def discard(self) -> None:
@@ -108,7 +114,9 @@ class DeferredStore(StateMemory):
 
     def give_up(self) -> None:
         """Leave what is kept to the log; the cache still has it, as long as there is room."""
-        self._remember()
+        for key, (_, state, _) in self._kept.items():
+            self._cache.put(key, state)
+        self._kept = {}
         self._cache.trim()
 
     def forget(self, probe: str) -> None:
@@ -125,12 +133,7 @@ class DeferredStore(StateMemory):
         """Write what is kept; on an error it stays kept."""
         if self._kept:
             self._store.write_states([(key, _encoded(state), order) for key, state, order in self._kept.values()])
-            self._remember()
-
-    def _remember(self) -> None:
-        for key, state, _ in self._kept.values():
-            self._cache.put(key, state)
-        self._kept = {}
+            self._kept = {}
 
 
 def _encoded(state: Stored) -> bytes:

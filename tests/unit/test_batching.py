@@ -131,6 +131,9 @@ def test_what_would_be_refused_is_known_before_it_is_handed_in() -> None:
         batcher.check(0.0)  # the worker is idle: tried whatever is predicted
         first = asyncio.create_task(batcher.submit(0))
         await asyncio.to_thread(work.started.wait, 10)
+        batcher.check(time.perf_counter() + 0.5)  # nobody was refused so far: not looked at
+        with pytest.raises(LateError):
+            await batcher.submit(2, deadline_s=time.perf_counter() + 0.5)
         with pytest.raises(LateError):
             batcher.check(time.perf_counter() + 0.5)
         batcher.check(math.inf)

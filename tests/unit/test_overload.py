@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -81,12 +82,15 @@ def test_a_body_that_cannot_be_taken_is_not_read(made: Rig) -> None:
             first = asyncio.create_task(client.post(SCORE, json=body(event(1))))
             await asyncio.to_thread(held.started.wait, 10)
             soon = {"X-Request-Timeout-Ms": "100"}
-            told = [await client.post(SCORE, content=content, headers=soon) for content in (b"{", b'{"transactions":')]
+            whole = json.dumps(body(event(2, card="c2"))).encode()
+            sent = (b"{", whole, b"{", b'{"transactions":')
+            told = [await client.post(SCORE, content=content, headers=soon) for content in sent]
             held.gate.set()
             await first
             return [(answer.status_code, answer.json()["type"].rpartition(":")[2]) for answer in told]
 
-    assert asyncio.run(story()) == [(503, "deadline"), (400, "malformed-json")]
+    malformed, late = (400, "malformed-json"), (503, "deadline")
+    assert asyncio.run(story()) == [malformed, late, late, malformed], "looked at once somebody was refused"
     held.batcher.close()
 
 
