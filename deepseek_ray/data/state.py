@@ -1,7 +1,8 @@
 """What is remembered about one card, terminal or device: its recent events and fraud labels as int64.
 
-A state is stored as one blob of little-endian int64: a header of 8, the events [columns, M], the labels [2, L].
-The header holds a checksum, so that a torn or foreign blob is an error and never a wrong feature.
+A state is stored as one blob of little-endian int64: a header of 8, the events [M, columns], the labels [2, L].
+The header holds a checksum, so that a torn or foreign blob is an error and never a wrong feature. In memory events are
+bytes too: an event is appended without numpy, and those of a batch are joined in one step.
 
     M  remembered events, oldest first     L  fraud labels, by position
 """
@@ -24,48 +25,54 @@ from deepseek_ray.errors import FeatureError
 
 ORDER, AMOUNT, OTHER = 0, 1, 2
 DEVICE, COUNTRY, CATEGORY, CHANNEL, LARGE, LABEL = 3, 4, 5, 6, 7, 8
-"""Rows of ``events``. OTHER is the terminal of a card's event and the card of a terminal's or device's event; a card
+"""Columns of an event. OTHER is the terminal of a card's event and the card of a terminal's or device's event; a card
 keeps the rest too. Identifiers are hashes, LABEL is the position of the event's fraud label or 0."""
 CARD_COLUMNS, OTHER_COLUMNS = 9, 3
 
-_MAGIC = 0x64726179_0001  # "dray", format 1
-_HEADER = 8
+_MAGIC = 0x64726179_0002  # "dray", format 2
+_MAGIC_1 = 0x64726179_0001  # the same with events [columns, M]
+_HEADER, _INT = 8, 8
 _FIRST, _REST = struct.Struct("<2q"), struct.Struct("<6q")  # of the header: what is not in the checksum, what is
-_OBJECT_BYTES = 600  # of a state and its two arrays, beside their numbers
+_EVENT = {columns: struct.Struct(f"<{columns}q") for columns in (CARD_COLUMNS, OTHER_COLUMNS)}
+_NO_LABELS = np.empty((2, 0), np.int64)
+_OBJECT_BYTES = 300  # of a state, its bytes and its numbers, beside the events and labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class State:
     """One owner's memory. Immutable: an event or label makes a new one.
 
     Attributes:
-        events: int64 [columns, M].
+        rows: its events, little-endian int64 [M, columns].
+        columns: of an event.
         labels: int64 [2, L], position and amount of each fraud label.
         last_order: order of the newest event ever seen, 0 for none.
         last_event_us: event time of the newest event ever seen.
         horizon_us: how far back events are kept.
     """
 
-    events: IntArray
+    rows: bytes
+    columns: int
     labels: IntArray
     last_order: int
     last_event_us: int
     horizon_us: int
 
+    @property
+    def events(self) -> IntArray:
+        """int64 [columns, M], to read."""
+        return np.frombuffer(self.rows, "<i8").reshape(-1, self.columns).T
+
     def with_event(self, row: Sequence[int], event_us: int) -> State:
         """Append an event (one value a column, order first) and forget what has left the horizon."""
-        order, length = row[ORDER], self.events.shape[1]
+        order, rows, labels = row[ORDER], self.rows, self.labels
         oldest = order - self.horizon_us
-        gone = length and self.events[ORDER, 0] <= oldest  # seldom: a search costs more than a look
-        start = int(self.events[ORDER].searchsorted(oldest, "right")) if gone else 0
-        kept = length - start
-        events = np.empty((len(row), kept + 1), np.int64)
-        events[:, :kept] = self.events[:, start:]
-        events[:, kept] = row
-        labels = self.labels
+        if rows and int.from_bytes(rows[:_INT], "little", signed=True) <= oldest:  # seldom: a look costs less
+            rows = rows[int(self.events[ORDER].searchsorted(oldest, "right")) * self.columns * _INT :]
         if labels.size and labels[0, 0] <= oldest:
             labels = labels[:, labels[0] > oldest]
-        return State(events, labels, order, max(event_us, self.last_event_us), self.horizon_us)
+        rows += _EVENT[self.columns].pack(*row)
+        return State(rows, self.columns, labels, order, max(event_us, self.last_event_us), self.horizon_us)
 
     def with_label(self, position: int, amount: int) -> State:
         """Add a fraud label, keeping positions sorted."""
@@ -74,31 +81,36 @@ class State:
 
     def marked(self, event: int, position: int) -> State:
         """Note on an event that its fraud label stands at a position."""
-        events = self.events.copy()
-        events[LABEL, event] = position
-        return replace(self, events=events)
+        rows = bytearray(self.rows)
+        struct.pack_into("<q", rows, (event * self.columns + LABEL) * _INT, position)
+        return replace(self, rows=bytes(rows))
 
     def find(self, order: int) -> int:
         """Column of the event of that order, -1 when it is not remembered."""
-        place = int(self.events[ORDER].searchsorted(order))
-        return place if place < self.events.shape[1] and self.events[ORDER, place] == order else -1
+        orders = self.events[ORDER]
+        place = int(orders.searchsorted(order))
+        return place if place < len(orders) and orders[place] == order else -1
 
     @property
     def num_bytes(self) -> int:
         """What it takes in memory."""
-        return _OBJECT_BYTES + self.events.nbytes + self.labels.nbytes
+        return _OBJECT_BYTES + len(self.rows) + self.labels.nbytes
 
     def encode(self) -> bytes:
         """The blob."""
-        shape = *self.events.shape, self.labels.shape[1]
-        rest = _REST.pack(*shape, self.last_order, self.last_event_us, self.horizon_us)
-        rest += self.events.astype("<i8", copy=False).tobytes() + self.labels.astype("<i8", copy=False).tobytes()
+        count = len(self.rows) // (self.columns * _INT)
+        rest = _REST.pack(
+            self.columns, count, self.labels.shape[1], self.last_order, self.last_event_us, self.horizon_us
+        )
+        rest += self.rows
+        if self.labels.size:
+            rest += self.labels.astype("<i8", copy=False).tobytes()
         return _FIRST.pack(_MAGIC, zlib.crc32(rest)) + rest
 
 
 def empty(columns: int, horizon_us: int) -> State:
     """Memory of an owner that was never seen."""
-    return State(np.empty((columns, 0), np.int64), np.empty((2, 0), np.int64), 0, 0, horizon_us)
+    return State(b"", columns, _NO_LABELS, 0, 0, horizon_us)
 
 
 def decode(blob: bytes, key: str, columns: int, horizon_us: int) -> State:
@@ -108,19 +120,21 @@ def decode(blob: bytes, key: str, columns: int, horizon_us: int) -> State:
         FeatureError: it is torn, of another format, or was kept for shorter windows than are needed now.
     """
     fix = "warm the online store again from the transactions table"
-    body = np.frombuffer(blob, "<i8") if len(blob) % 8 == 0 else np.empty(0, np.int64)
-    if len(body) < _HEADER or body[0] != _MAGIC or body[1] != zlib.crc32(body[2:].data):
+    magic, checksum = _FIRST.unpack_from(blob) if len(blob) >= _HEADER * _INT else (0, 0)
+    if magic not in (_MAGIC, _MAGIC_1) or checksum != zlib.crc32(memoryview(blob)[_FIRST.size :]):
         raise FeatureError(f"The feature state of {key!r} is corrupted ({len(blob)} bytes).", fix=fix)
-    found, count, labels, last_order, last_event_us, kept_us = body[2:_HEADER].tolist()
+    found, count, num_labels, last_order, last_event_us, kept_us = _REST.unpack_from(blob, _FIRST.size)
     if found != columns or kept_us != horizon_us:
         problem = (
             f"The feature state of {key!r} keeps {kept_us} us and {found} columns, not {horizon_us} and {columns}."
         )
         raise FeatureError(problem, fix=fix)
-    middle = _HEADER + columns * count
-    events = body[_HEADER:middle].reshape(columns, count)
-    few = body[middle:].reshape(2, labels).copy()  # later states share them: a view would keep the whole blob
-    return State(events, few, last_order, last_event_us, horizon_us)
+    middle = _INT * (_HEADER + columns * count)
+    rows = blob[_INT * _HEADER : middle]
+    if magic == _MAGIC_1:
+        rows = np.frombuffer(rows, "<i8").reshape(columns, count).T.tobytes()
+    labels = np.frombuffer(blob[middle:], "<i8").reshape(2, num_labels) if num_labels else _NO_LABELS
+    return State(rows, columns, labels, last_order, last_event_us, horizon_us)
 
 
 @lru_cache(maxsize=1 << 16)

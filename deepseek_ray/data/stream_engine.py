@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import polars as pl
 
 from deepseek_ray.data import state as st
@@ -129,7 +130,7 @@ class StreamEngine:
         """
         keys = self._owner_keys(tx)
         states = self._load(keys.values())
-        cold = [owner for owner, key in keys.items() if not states[key].events.size]
+        cold = [owner for owner, key in keys.items() if not states[key].rows]
         return self._served([Moment(tx, self._advance(tx, keys, states, order=None), cold)])[0]
 
     def last_event_us(self, card_ids: Sequence[str]) -> dict[str, int]:
@@ -252,7 +253,7 @@ class StreamEngine:
         for key in keys.values():
             if key in broken:
                 return broken[key]
-        cold = [owner for owner, key in keys.items() if not states[key].events.size]
+        cold = [owner for owner, key in keys.items() if not states[key].rows]
         try:
             after = self._advance(tx, keys, states, order=None)
         except StaleEventError as error:
@@ -281,10 +282,15 @@ class StreamEngine:
             order = max(event_us, *(state.last_order + 1 for state in before.values()))
         terminal, device = hashed(tx.terminal_id), hashed(tx.device_id)
         place = hashed(tx.country), hashed(tx.merchant_category), CHANNEL_CODE[tx.channel]
-        card = before["card"].with_event((order, tx.amount_cents, terminal, device, *place, 0, 0), event_us)
-        orders, amounts = card.events[st.ORDER], card.events[st.AMOUNT]
-        recent = amounts[orders.searchsorted(order - LARGE_WINDOW_US, "right") :]
-        card.events[st.LARGE, -1] = is_large(tx.amount_cents, len(recent), int(recent.sum()))
+        large = _is_large(before["card"], order, tx.amount_cents)
+        card = before["card"].with_event((order, tx.amount_cents, terminal, device, *place, large, 0), event_us)
         row = (order, tx.amount_cents, hashed(tx.card_id))
         others = {owner: state.with_event(row, event_us) for owner, state in before.items() if owner != "card"}
         return {"card": card, **others}
+
+
+def _is_large(card: State, order: int, amount: int) -> bool:
+    """Whether an amount that comes now is large against the card's earlier ones."""
+    orders, amounts = card.events[: st.AMOUNT + 1]
+    earlier = amounts[orders.searchsorted(order - LARGE_WINDOW_US, "right") :]
+    return bool(is_large(amount, len(earlier) + 1, int(np.add.reduce(earlier)) + amount))

@@ -42,6 +42,13 @@ class Segments:
         self._base = np.arange(len(lengths)) * _SPAN
         self._place = self._base[self.owner] + (rows[0] - now[self.owner]).clip(-_FAR, _FAR)
 
+    @classmethod
+    def of_rows(cls, parts: Sequence[bytes], columns: int, now: IntArray) -> Segments:
+        """Of events as a state keeps them: little-endian int64 [length, columns] each."""
+        lengths = np.array([len(part) for part in parts], np.int64) // (8 * columns)
+        rows = np.frombuffer(b"".join(parts), "<i8").reshape(-1, columns)
+        return cls._of(np.ascontiguousarray(rows.T), lengths, now)
+
     def within(self, columns: Sequence[int]) -> Segments:
         """For each column in turn, the rows that agree with their segment's last one in it; no segment may be empty."""
         last, count = self.end - 1, len(self.end)

@@ -170,7 +170,7 @@ _NONE = np.empty((2, 0), np.int64)
 
 def _segments(owner: str, moments: Sequence[Moment], now: IntArray) -> Segments:
     columns = st.CARD_COLUMNS if owner == "card" else st.OTHER_COLUMNS
-    return Segments([m.states[owner].events for m in moments] or [np.empty((columns, 0), np.int64)], now)
+    return Segments.of_rows([moment.states[owner].rows for moment in moments], columns, now)
 
 
 def _groups(spec: VectorSpec) -> list[_Group]:

@@ -60,4 +60,6 @@ def _state(columns: IntArray, event_us: IntArray, rows: IntArray, horizon: int) 
     frauds = frauds[np.argsort(columns[-1, frauds], kind="stable")]
     kept = rows[columns[st.ORDER, rows] > last_order - horizon]
     events = columns[: st.CARD_COLUMNS if len(columns) == st.CARD_COLUMNS else st.OTHER_COLUMNS, kept]
-    return State(events, columns[[-1, st.AMOUNT]][:, frauds], last_order, int(event_us[rows].max()), horizon)
+    labels = columns[[-1, st.AMOUNT]][:, frauds]
+    last_event_us = int(event_us[rows].max())
+    return State(events.T.astype("<i8").tobytes(), len(events), labels, last_order, last_event_us, horizon)

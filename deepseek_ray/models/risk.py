@@ -107,7 +107,9 @@ class RiskModel(nn.Module):
     def predict_logits(self, features: NDArray[Any], sequence: NDArray[Any]) -> NDArray[np.float64]:
         """Uncalibrated log-odds (n,) of rows in numpy, in the model's own precision and in evaluation mode."""
         was_training = self.training
-        if was_training:  # the switch goes through every module, twice: a tenth of a millisecond of each batch that is served
+        if (
+            was_training
+        ):  # the switch goes through every module, twice: a tenth of a millisecond of each batch that is served
             self.eval()
         try:
             parts = [self(*self._tensors(features[at], sequence[at])).double() for at in _chunks(len(features))]
