@@ -13,10 +13,9 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,8 +37,7 @@ _NO_LABELS = np.empty((2, 0), np.int64)
 _OBJECT_BYTES = 300  # of a state, its bytes and its numbers, beside the events and labels
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """One owner's memory. Immutable: an event or label makes a new one.
 
     Attributes:
@@ -77,13 +75,13 @@ class State:
     def with_label(self, position: int, amount: int) -> State:
         """Add a fraud label, keeping positions sorted."""
         place = int(self.labels[0].searchsorted(position, "right"))
-        return replace(self, labels=np.insert(self.labels, place, (position, amount), axis=1))
+        return self._replace(labels=np.insert(self.labels, place, (position, amount), axis=1))
 
     def marked(self, event: int, position: int) -> State:
         """Note on an event that its fraud label stands at a position."""
         rows = bytearray(self.rows)
         struct.pack_into("<q", rows, (event * self.columns + LABEL) * _INT, position)
-        return replace(self, rows=bytes(rows))
+        return self._replace(rows=bytes(rows))
 
     def find(self, order: int) -> int:
         """Column of the event of that order, -1 when it is not remembered."""

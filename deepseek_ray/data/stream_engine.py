@@ -12,7 +12,7 @@ and written in one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -106,7 +106,7 @@ class StreamEngine:
         states = self._load((key for tx in txs for key in self._owner_keys(tx).values()), broken)
         for key, order_us in (unread or {}).items():
             if key in states:
-                states[key] = replace(states[key], last_order=max(states[key].last_order, order_us))
+                states[key] = states[key]._replace(last_order=max(states[key].last_order, order_us))
         results = [self._take(tx, states, broken) for tx in txs]
         if write:
             self.flush()
@@ -291,6 +291,8 @@ class StreamEngine:
 
 def _is_large(card: State, order: int, amount: int) -> bool:
     """Whether an amount that comes now is large against the card's earlier ones."""
+    if not card.rows:
+        return False
     orders, amounts = card.events[: st.AMOUNT + 1]
     earlier = amounts[orders.searchsorted(order - LARGE_WINDOW_US, "right") :]
     return bool(is_large(amount, len(earlier) + 1, int(np.add.reduce(earlier)) + amount))

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from deepseek_ray.serving.batch_control import BatchControl
 
@@ -20,8 +20,7 @@ Reason = Literal["queue_full", "deadline"]
 """Why an item is not let in: no room; it would be late."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry(Generic[T]):
+class Entry(NamedTuple, Generic[T]):
     """An item that waits.
 
     Attributes:

@@ -12,8 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from deepseek_ray.errors import LateError, OverloadedError
 from deepseek_ray.logs import get_logger, trace_of
@@ -32,8 +31,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting(Generic[Item, Result]):
+class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     future: asyncio.Future[Result]
     loop: asyncio.AbstractEventLoop

@@ -252,9 +252,10 @@ class Predictor:
         values = np.stack([item.values for item in served])
         sequence = np.stack([item.sequence for item in served])
         outcomes = arms.score([event.card_id for event in events], values, sequence, self._ask)
+        chance = secrets.token_hex(6 * len(events))  # asked of the system once
         rows = [
-            self._row(event, item, outcome, plan.received_s[event.transaction_id])
-            for event, item, outcome in zip(events, served, outcomes, strict=True)
+            self._row(event, item, outcome, plan.received_s[event.transaction_id], chance[12 * n : 12 * n + 12])
+            for n, (event, item, outcome) in enumerate(zip(events, served, outcomes, strict=True))
         ]
         with self._monitor.timed("log"):
             last, _ = self._commit(rows)
@@ -273,11 +274,13 @@ class Predictor:
         with self._monitor.timed("reasons"):
             return probability, explain(live, values, sequence, probability, self.buckets)
 
-    def _row(self, event: Transaction, served: Served, outcome: Outcome, received_s: float) -> LoggedPrediction:
+    def _row(
+        self, event: Transaction, served: Served, outcome: Outcome, received_s: float, chance: str
+    ) -> LoggedPrediction:
         live, probability, reasons = outcome
         now_us = self._now_us()
         return LoggedPrediction(
-            prediction_id=f"p{now_us:014x}{secrets.token_hex(6)}",
+            prediction_id=f"p{now_us:014x}{chance}",
             transaction=event,
             order_us=served.order_us,
             values=served.values,
