@@ -28,7 +28,7 @@ OUTLIER = 3.0
 """A batch counts for at most so many times what was expected: one pause of the machine moves little."""
 NUM_RECENT = 100
 """So many of the last batches are looked at: seconds of busy time, and enough to see one in a hundred."""
-LOOP_SHARE = 0.9
+LOOP_SHARE = 0.95
 """Of the last batches, whose answers had left after what is reckoned with for the event loop."""
 MAX_LOOP = 0.5
 """The event loop is granted at most this share of the objective: a worker that refuses all has no answers to see."""
