@@ -13,6 +13,7 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 from deepseek_ray.online.drift_report import judge_drift
@@ -21,7 +22,7 @@ from deepseek_ray.online.loop import _metrics as updater_metrics
 from deepseek_ray.serving.arm_metrics import ArmMetrics
 from deepseek_ray.serving.batch_control import BatchControl
 from deepseek_ray.serving.batch_queue import BatchQueue
-from deepseek_ray.serving.monitor import Monitor
+from deepseek_ray.serving.monitor import ModelMonitor, Monitor
 from tests.unit.drift_rows import baseline, live, span
 from tests.unit.test_drift_report import CONFIG, NEWEST
 
@@ -54,15 +55,19 @@ def expressions() -> list[str]:
 
 def shown() -> dict[str, set[str]]:
     """Name of each series that the service shows -> its labels."""
-    monitor = Monitor()
+    monitor, of_models = Monitor(), ModelMonitor()
     ArmMetrics(monitor.registry)
+    return series(of_models.registry) | series(monitor.registry) | updater_shows()
+
+
+def series(registry: CollectorRegistry) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for family in monitor.registry.collect():
-        collector = monitor.registry._names_to_collectors[family.name]
+    for family in registry.collect():
+        collector = registry._names_to_collectors[family.name]
         assert isinstance(collector, MetricWrapperBase)
         for suffix in SUFFIXES[family.type]:
             found[family.name + suffix] = {*collector._labelnames, *(["le"] if suffix == "_bucket" else [])}
-    return found | updater_shows()
+    return found
 
 
 def updater_shows() -> dict[str, set[str]]:
