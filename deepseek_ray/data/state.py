@@ -119,6 +119,9 @@ def decode(blob: bytes, key: str, columns: int, horizon_us: int) -> State:
     """
     fix = "warm the online store again from the transactions table"
     magic, checksum = _FIRST.unpack_from(blob) if len(blob) >= _HEADER * _INT else (0, 0)
+    if magic >> 16 == _MAGIC >> 16 and magic > _MAGIC:
+        problem = f"The feature state of {key!r} has format {magic & 0xFFFF}; this program reads 1 and 2."
+        raise FeatureError(problem, fix=f"use the release that wrote it, or {fix}")
     if magic not in (_MAGIC, _MAGIC_1) or checksum != zlib.crc32(memoryview(blob)[_FIRST.size :]):
         raise FeatureError(f"The feature state of {key!r} is corrupted ({len(blob)} bytes).", fix=fix)
     found, count, num_labels, last_order, last_event_us, kept_us = _REST.unpack_from(blob, _FIRST.size)

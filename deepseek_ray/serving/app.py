@@ -81,7 +81,7 @@ class RiskApp(AsgiApp):
         received_s = time.perf_counter()
         service = self._service
         body = await read_body(scope, receive, service.max_body_bytes)
-        if not wire.may_hold_many(body):  # a refusal before the body is read costs half of one after it
+        if service.batcher.overloaded and not wire.may_hold_many(body):  # cheaper before the body is parsed than after
             service.batcher.check(service.patience.deadline_s(scope["headers"], received_s, 1))
         events, many = wire.parse_transactions(body, service.limits, service.now_us())
         scope["grant"].bucket.charge(len(events) - 1)

@@ -26,10 +26,10 @@ FADE, LEAST = 0.9, 0.1
 say nothing of how fast the machine is now, and still what one item more costs."""
 OUTLIER = 3.0
 """A batch counts for at most so many times what was expected: one pause of the machine moves little."""
-NUM_RECENT = 100
-"""So many of the last batches are looked at: seconds of busy time, and enough to see one in a hundred."""
-LOOP_SHARE = 0.95
-"""Of the last batches, whose answers had left after what is reckoned with for the event loop."""
+NUM_RATIOS = 100
+"""Of the last batches, observed / mean time: seconds of busy time, and enough to see one in a hundred."""
+LOOP_BATCHES = 20
+"""The event loop is reckoned with as the slowest of so many batches found it, and a bad moment is soon forgotten."""
 MAX_LOOP = 0.5
 """The event loop is granted at most this share of the objective: a worker that refuses all has no answers to see."""
 IN_TIME = 0.995
@@ -46,32 +46,27 @@ MIN_BATCHES = 5
 """Before so many batches nothing is known and nothing is restricted."""
 
 
-class Recent:
-    """The last values of something, in order of size.
+class Ratios:
+    """The last observed / mean times of batches, in order of size."""
 
-    Args:
-        before: what ``quantile`` says before the first.
-    """
-
-    def __init__(self, before: float) -> None:
-        self._before = before
+    def __init__(self) -> None:
         self._last: deque[float] = deque()
         self._sorted: list[float] = []
 
-    def add(self, value: float) -> None:
+    def add(self, ratio: float) -> None:
         """Take in one; the oldest goes."""
-        if len(self._last) == NUM_RECENT:
+        if len(self._last) == NUM_RATIOS:
             self._sorted.pop(bisect_right(self._sorted, self._last.popleft()) - 1)
-        self._last.append(value)
-        insort(self._sorted, value)
+        self._last.append(ratio)
+        insort(self._sorted, ratio)
 
     def within(self, bound: float) -> float:
         """Share that is at most ``bound``; 1 before the first."""
         return bisect_right(self._sorted, bound) / len(self._sorted) if self._sorted else 1.0
 
     def quantile(self, share: float) -> float:
-        """The value that a share of all stays within."""
-        return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else self._before
+        """The ratio that a share of all stays within; 1 before the first."""
+        return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else 1.0
 
 
 @dataclass(slots=True)
@@ -96,13 +91,13 @@ class ServiceTime:
 
     Attributes:
         batches: how many it has seen.
-        ratios: observed / expected times of the last ones.
+        ratios: how far they were from what was expected.
     """
 
     def __init__(self) -> None:
         self._base = self._slope = 0.0  # s(b) = base + slope * b
         self._means: dict[int, _Mean] = {}  # by the power of GROWTH that is nearest
-        self.ratios = Recent(before=1.0)
+        self.ratios = Ratios()
         self.batches = 0
 
     def mean_s(self, size: int) -> float:
@@ -145,7 +140,8 @@ class BatchControl:
     Attributes:
         cap: items that a batch may hold now.
         objective_s: as given.
-        loop_s: what a request waits for the event loop, when it comes and when its answer leaves.
+        loop_s: what a request waits for the event loop, when it comes and when its answer leaves; 0 while little is
+            known.
     """
 
     def __init__(self, max_batch_size: int, objective_s: float = 0.0, buckets: Sequence[int] = ()) -> None:
@@ -153,7 +149,7 @@ class BatchControl:
         self.objective_s = objective_s
         self._buckets = tuple(sorted(set(buckets)))
         self._time = ServiceTime()
-        self._loop = Recent(before=0.0)
+        self._loops: deque[float] = deque(maxlen=LOOP_BATCHES)
         self.loop_s = 0.0
         self._slow = 1.0  # a slow batch over the mean
         self._rate, self._arrived_s = 0.0, 0.0
@@ -172,18 +168,23 @@ class BatchControl:
     def observe(self, size: int, seconds: float) -> None:
         """Take in that a batch of ``size`` items kept the worker busy for ``seconds``; moves the cap."""
         self._time.observe(self.padded(size), seconds)
+        if self.knows:
+            self.loop_s = self._loop()
         if self.objective_s and self.knows:
             self.cap = self._best()
         self._slow = self._margin()
 
     def answered(self, woke_s: float, left_s: float) -> None:
-        """Take in how long after a batch the event loop woke up, and its last answer left; called from that loop.
+        """Take in how long after a batch the event loop woke up, and its last answer left.
 
-        A request that comes waits for the loop as long as the loop took to wake up.
+        A request that comes waits for the loop as long as the loop took to wake up. Any thread may call this; what it
+        means is seen with the next batch, by the one that observes.
         """
-        self._loop.add(woke_s + left_s)
-        loop_s = self._loop.quantile(LOOP_SHARE)
-        self.loop_s = min(loop_s, MAX_LOOP * self.objective_s) if self.objective_s else loop_s
+        self._loops.append(woke_s + left_s)
+
+    def _loop(self) -> float:
+        slowest_s = max(tuple(self._loops), default=0.0)
+        return min(slowest_s, MAX_LOOP * self.objective_s) if self.objective_s else slowest_s
 
     def arrived(self, weight: int, now_s: float) -> None:
         """Take in that items came: batches fill up with what comes while they wait."""

@@ -115,17 +115,18 @@ class Batcher(Generic[Item, Result]):
             raise self._refused(refusal, deadline_s, now_s)
         return await waiting.future
 
+    @property
+    def overloaded(self) -> bool:
+        """Whether somebody was refused a moment ago: more are expected, and ``check`` is worth its cost."""
+        return time.perf_counter() - self._refused_s < OVERLOAD_S
+
     def check(self, deadline_s: float) -> None:
         """Refuse an item of weight 1 that ``submit`` would refuse, before anything is done for it.
-
-        It looks only while there is overload: a call that nobody refuses is for nothing.
 
         Raises:
             OverloadedError, LateError: as ``submit``.
         """
         now_s = time.perf_counter()
-        if now_s - self._refused_s > OVERLOAD_S:
-            return
         with self._wake:
             refusal = self.queue.refusal(1, deadline_s, now_s)
             if refusal is not None:

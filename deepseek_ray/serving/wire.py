@@ -41,7 +41,7 @@ class Limits:
 
 
 def may_hold_many(body: bytes) -> bool:
-    """Whether a body may be a list of transactions; one that is not is one transaction, or wrong."""
+    """Whether a body looks like a list of transactions; else it is one transaction, or wrong, or oddly escaped."""
     return b'"transactions"' in body
 
 

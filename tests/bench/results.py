@@ -9,9 +9,18 @@ from pathlib import Path
 
 
 def append(rows: Sequence[Mapping[str, object]], columns: Sequence[str], target: Path) -> None:
-    """Add rows to a CSV, with a header where the file is new."""
+    """Add rows to a CSV, with a header where the file is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = not target.exists()
+    if not fresh:
+        with target.open(newline="", encoding="utf-8") as file:
+            found = next(csv.reader(file), [])
+        if found != list(columns):
+            raise ValueError(f"{target} has the columns {found}, not {list(columns)}: choose another file")
     with target.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         if fresh:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from deepseek_ray.serving.batch_control import BatchControl, ServiceTime, pad_to
+from deepseek_ray.serving.batch_control import MIN_BATCHES, BatchControl, ServiceTime, pad_to
 from deepseek_ray.serving.batch_queue import BatchQueue, Entry
 from tests.unit.arrivals import TRACES, adaptive, arrivals, fixed, linear, simulate, step
 
@@ -78,9 +78,27 @@ def test_an_event_loop_that_is_always_late_does_not_shut_the_service() -> None:
     fed(control, [1])
     assert control.loop_s == OBJECTIVE_S / 2
     assert control.cap > 1
-    fast = BatchControl(64)
-    fast.answered(1.0, 1.0)
-    assert fast.loop_s == 2.0, "deadlines of clients are as long as they say"
+    free = BatchControl(64)
+    free.answered(1.0, 1.0)
+    fed(free, [1] * MIN_BATCHES)
+    assert free.loop_s == 2.0, "deadlines of clients are as long as they say"
+
+
+def test_a_bad_moment_of_the_event_loop_is_forgotten_and_is_nothing_before_batches_are_known() -> None:
+    control = BatchControl(64)
+    control.answered(0.1, 0.2)
+    fed(control, [1] * (MIN_BATCHES - 1))
+    queue: BatchQueue[int] = BatchQueue(control, max_queued=100)
+    for number in range(4):
+        assert queue.offer(Entry(number, 1, 0.0, 0.1), 0.0) is None
+    batch, late = queue.take(0.0)
+    assert (len(batch), late) == (4, [])
+    fed(control, [1])
+    assert control.loop_s == pytest.approx(0.3)
+    for _ in range(20):
+        control.answered(0.001, 0.001)
+    fed(control, [1])
+    assert control.loop_s == pytest.approx(0.002)
 
 
 def test_a_worker_that_cannot_keep_the_objective_works_as_much_as_it_can() -> None:

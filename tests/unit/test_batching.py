@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import pytest
 
 from deepseek_ray.errors import LateError, OverloadedError
+from deepseek_ray.serving import batching
+from deepseek_ray.serving.batch_control import MIN_BATCHES
 from deepseek_ray.serving.batching import Batcher
 
 
@@ -113,15 +115,19 @@ def test_what_the_event_loop_takes_for_the_answers_is_seen() -> None:
         time.sleep(0.01)  # what writing an answer takes
 
     async def story() -> None:
-        await asyncio.gather(*(slow_answer(item) for item in range(3)))
+        for _ in range(MIN_BATCHES):
+            await asyncio.gather(*(slow_answer(item) for item in range(3)))
         await asyncio.sleep(0.05)
+        await batcher.submit(0)
 
     asyncio.run(story())
+    asyncio.run(batcher.submit(0))  # another loop waits for an answer too
     batcher.close()
     assert batcher.queue.control.loop_s > 0.01
 
 
-def test_what_would_be_refused_is_known_before_it_is_handed_in() -> None:
+def test_what_would_be_refused_is_known_before_it_is_handed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "OVERLOAD_S", 60.0)
     work = Work()
     batcher = Batcher[int, int](work, max_batch_size=1, max_queued=1)
     for _ in range(6):
@@ -131,9 +137,10 @@ def test_what_would_be_refused_is_known_before_it_is_handed_in() -> None:
         batcher.check(0.0)  # the worker is idle: tried whatever is predicted
         first = asyncio.create_task(batcher.submit(0))
         await asyncio.to_thread(work.started.wait, 10)
-        batcher.check(time.perf_counter() + 0.5)  # nobody was refused so far: not looked at
+        assert not batcher.overloaded
         with pytest.raises(LateError):
             await batcher.submit(2, deadline_s=time.perf_counter() + 0.5)
+        assert batcher.overloaded
         with pytest.raises(LateError):
             batcher.check(time.perf_counter() + 0.5)
         batcher.check(math.inf)

@@ -195,6 +195,28 @@ def test_a_full_cache_lets_nothing_go_that_is_being_read() -> None:
     assert deferred.read_states(["a", "new"]) == [b"x" * 900, None]
 
 
+def test_a_full_cache_loses_nothing_that_waits_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    deferred = DeferredStore(store, cache_bytes=0)
+    deferred.write_states([("a", b"1", 1), ("b", b"1", 1)])
+    deferred.keep()
+    deferred.fetch(["c"])  # lets all go that may go
+    assert deferred.read_states(["a", "c"]) == [b"1", None]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_states", None)
+        with pytest.raises(TypeError):
+            deferred.flush()
+    deferred.fetch(["c"])
+    deferred.write_states([("a", b"2", 2)])
+    deferred.keep()
+    deferred.fetch(["d"])
+    assert deferred.read_states(["a", "b"]) == [b"2", b"1"]
+    deferred.flush()
+    assert store.blobs == {"a": b"2", "b": b"1"}
+    deferred.fetch(["d"])
+    assert deferred.read_states(["a", "b", "c"]) == [b"2", b"1", None]
+
+
 def test_states_in_memory_are_not_decoded_again_and_little_memory_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deepseek_ray.serving import batching
 from deepseek_ray.serving.auth import Keyring
 from deepseek_ray.serving.batching import Batcher
 from deepseek_ray.serving.deadline import Patience
@@ -72,7 +73,8 @@ def test_work_past_its_deadline_is_not_done(made: Rig, patience: Patience) -> No
     assert 'deepseek_ray_shed_requests_total{reason="expired"} 1.0' in metrics
 
 
-def test_a_body_that_cannot_be_taken_is_not_read(made: Rig) -> None:
+def test_a_body_that_cannot_be_taken_is_not_parsed(made: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "OVERLOAD_S", 60.0)
     held = Held(made)
     for _ in range(6):
         held.batcher.queue.control.observe(1, 2.0)

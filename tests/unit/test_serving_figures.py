@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from tests.bench.results import append
 from tests.bench.serving.figures import Rounds, in_time, kept, row
 from tests.bench.serving.load import Trace, bodies
 
@@ -40,6 +43,15 @@ def test_each_transaction_is_a_new_one() -> None:
     first, second = json.loads(next(made)), json.loads(next(made))
     assert first["transaction_id"] != second["transaction_id"]
     assert trace([1.0], [500]).failed == 1
+
+
+def test_rows_of_other_columns_are_not_added_to_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "figures.csv"
+    append([{"a": 1, "b": 2}], ("a", "b"), file)
+    append([{"a": 3, "b": 4}], ("a", "b"), file)
+    with pytest.raises(ValueError, match="has the columns"):
+        append([{"a": 5, "c": 6}], ("a", "c"), file)
+    assert file.read_text(encoding="utf-8").split() == ["a,b", "1,2", "3,4"]
 
 
 def test_cards_are_drawn_of_as_many_as_are_asked_for() -> None:

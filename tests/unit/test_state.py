@@ -53,6 +53,13 @@ def test_events_leave_with_the_horizon_and_labels_too() -> None:
     assert state.events[ORDER].tolist() == [100, 200, 300, 400, 500], "a state does not change"
 
 
+def test_orders_before_1970_are_numbers_as_others() -> None:
+    state = empty(OTHER_COLUMNS, HORIZON_US)
+    for order in (-5_000, -4_500, -3_900):
+        state = state.with_event([order, 1, 2], order)
+    assert state.events[ORDER].tolist() == [-4_500, -3_900]
+
+
 def test_an_event_is_found_and_marked() -> None:
     state = remembered()
     assert [state.find(order) for order in (100, 500, 250, 900)] == [0, 4, -1, -1]
@@ -82,6 +89,12 @@ def test_a_broken_blob_is_an_error(broken: str) -> None:
     }
     with pytest.raises(FeatureError, match="'k' is corrupted"):
         decode(parts[broken], "k", CARD_COLUMNS, HORIZON_US)
+
+
+def test_a_state_of_a_later_format_is_told_from_a_broken_one() -> None:
+    blob = struct.pack("<q", 0x64726179_0003) + remembered().encode()[8:]
+    with pytest.raises(FeatureError, match="'k' has format 3; this program reads 1 and 2"):
+        decode(blob, "k", CARD_COLUMNS, HORIZON_US)
 
 
 def test_a_state_of_other_windows_is_an_error() -> None:

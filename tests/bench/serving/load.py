@@ -128,8 +128,8 @@ _MAKE = {
 def _wrk(wrk: str, url: str, body: str, connections: int, seconds: float) -> Throughput:
     kind, _, detail = body.partition(":")
     text = Path(detail).read_text(encoding="utf-8") if kind == "vector" else ""
-    run, cards = f"w{time.time_ns()}", _num_cards(detail)
-    make = _MAKE[kind] % {"body": text, "cards": cards, "terminals": cards // CARDS_A_TERMINAL, "devices": cards}
+    run, cards = f"w{time.time_ns()}", _num_cards("" if kind == "vector" else detail)
+    make = _MAKE[kind] % {"body": text, "cards": cards, "terminals": _num_terminals(cards), "devices": cards}
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_LUA % {"key": KEY_VARIABLE, "run": run, "seed": random.randrange(1 << 30), "make": make})
         script.flush()
@@ -224,6 +224,13 @@ class Client:
         """Poisson arrivals at one rate after the other, (requests/s, s) each."""
         rng = random.Random(seed)
         tasks: set[asyncio.Task[None]] = set()  # of requests on their way: a long run has millions that are done
+        broken: list[BaseException] = []
+
+        def done(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if error := task.exception():
+                broken.append(error)
+
         self.start = due = end = time.perf_counter()
         for rate, seconds in schedule:
             end += seconds
@@ -232,9 +239,11 @@ class Client:
                     await asyncio.sleep(ahead)
                 task = asyncio.create_task(self.send(due))
                 tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                task.add_done_callback(done)
             due = end
         await asyncio.gather(*tasks)
+        if broken:
+            raise broken[0]
 
     async def closed_loop(self, connections: int, seconds: float) -> None:
         """Each connection sends its next request when it has the answer to the last one."""
@@ -263,13 +272,17 @@ def bodies(kind: str) -> Iterator[bytes]:
         number += 1
         yield (
             f'{{"transaction_id":"{run}-{number}","event_time":"{stamp}","card_id":"c{rng.randrange(cards)}",'
-            f'"terminal_id":"t{rng.randrange(cards // CARDS_A_TERMINAL)}","device_id":"d{rng.randrange(cards)}",'
+            f'"terminal_id":"t{rng.randrange(_num_terminals(cards))}","device_id":"d{rng.randrange(cards)}",'
             f'"amount_cents":{rng.randrange(30_000)},"channel":"online","country":"DE"}}'
         ).encode()
 
 
 def _num_cards(detail: str) -> int:
-    return int(detail) if detail.isdigit() else NUM_CARDS
+    return int(detail) if detail else NUM_CARDS
+
+
+def _num_terminals(cards: int) -> int:
+    return max(1, cards // CARDS_A_TERMINAL)
 
 
 def main() -> int:
