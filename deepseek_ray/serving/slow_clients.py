@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from deepseek_ray.config import ServingConfig
 from deepseek_ray.errors import DeepseekRayError, OverloadedError, RequestError
 from deepseek_ray.serving import problem
+from deepseek_ray.serving.joined_writes import JoinedWrites
 
 _IDLE, _HEADERS, _BODY = range(3)
 MAX_HEADER_BYTES = 64 << 10
@@ -59,6 +60,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first request."""
         super().connection_made(transport)
+        self.transport = JoinedWrites(transport)  # type: ignore[assignment]  # as much of one as uvicorn uses
         if len(self.connections) > self.limits.connections:
             self._refuse(_too_many(self.limits.connections))
             return

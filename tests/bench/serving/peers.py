@@ -145,10 +145,10 @@ def _environment(folder: Path, package: str) -> Path:
     if not done.exists():
         subprocess.run([_interpreter(package), "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-qq", package], check=True)
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        shared = folder / "lib" / version / "site-packages" / "zz_project.pth"
-        shared.write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
         done.touch()
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    shared = folder / "lib" / version / "site-packages" / "zz_project.pth"
+    shared.write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")  # of this run: a checkout may move
     return python
 
 
