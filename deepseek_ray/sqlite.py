@@ -15,8 +15,8 @@ from deepseek_ray.periodic import Periodic
 WAL_PAGES = 25_000
 """A writer beside a :class:`Checkpointer` lets its log grow to so many pages (100 MiB) before it helps."""
 
-CACHE = "PRAGMA cache_size=-32768"
-"""A writer keeps 32 MiB of pages: with the 2 MiB that are usual it read six pages a decision again."""
+CACHE_KIB = 32 << 10
+"""Of pages that a writer keeps: with SQLite's 2 MiB it read six pages a decision again."""
 
 
 def read_uri(file: Path) -> str:
@@ -29,6 +29,12 @@ def read_uri(file: Path) -> str:
     log = file.with_name(f"{file.name}-wal")
     alone = not os.access(file.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
     return f"{file.absolute().as_uri()}?{'immutable=1' if alone else 'mode=ro'}"
+
+
+def prepare_writer(db: sqlite3.Connection) -> None:
+    """Set a connection up to write much, beside a :class:`Checkpointer`."""
+    db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
+    db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
 
 
 _MOST_ROWS = 64

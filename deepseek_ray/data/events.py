@@ -81,12 +81,12 @@ class Feedback(Record):
     observed_at: UtcTime = Field(description="when the label became known")
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def to_us(value: datetime) -> int:
     """Microseconds since the Unix epoch (UTC), exact."""
-    delta = value.astimezone(UTC) - _EPOCH
+    delta = value.astimezone(UTC) - EPOCH
     return (delta.days * 86_400 + delta.seconds) * SECOND_US + delta.microseconds
 
 

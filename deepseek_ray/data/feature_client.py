@@ -34,7 +34,7 @@ from deepseek_ray.data.windows import Declaration, VectorSpec
 from deepseek_ray.errors import ConfigError, EnvironmentProblemError, FeatureError
 from deepseek_ray.logs import silence_telemetry
 from deepseek_ray.paths import RunPaths
-from deepseek_ray.sqlite import CACHE, WAL_PAGES, insert_rows
+from deepseek_ray.sqlite import insert_rows, prepare_writer
 
 silence_telemetry()
 # Feast's import switches prometheus_client to files shared by forked servers, for the whole process: ours is loaded
@@ -276,8 +276,7 @@ def _tune(store: Any) -> None:
         connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
         _use_write_ahead_log(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
-        connection.execute(CACHE)
+        prepare_writer(connection)
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

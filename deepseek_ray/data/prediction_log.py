@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from deepseek_ray.data.events import Decision, Reason, Transaction, to_us
 from deepseek_ray.errors import DataError, EnvironmentProblemError
-from deepseek_ray.sqlite import CACHE, WAL_PAGES, insert_rows, read_uri
+from deepseek_ray.sqlite import insert_rows, prepare_writer, read_uri
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
@@ -376,8 +376,7 @@ def _open(path: Path, synchronous: str) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(f"PRAGMA synchronous={synchronous}")
-        db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
-        db.execute(CACHE)
+        prepare_writer(db)
         _check_schema(db, path)
         with db:
             db.execute(_INDEX)  # a log of an older release gets it here, once

@@ -8,14 +8,14 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from deepseek_ray.client import RiskClient
-from deepseek_ray.data.events import DAY_US, Feedback, Transaction
+from deepseek_ray.data.events import DAY_US, EPOCH, Feedback, Transaction
 from deepseek_ray.errors import DeepseekRayError, RequestError
 from deepseek_ray.logs import get_logger
 
@@ -23,7 +23,6 @@ log = get_logger(__name__)
 
 FEEDBACK_BATCH = 250
 CHUNKS_A_DAY = 4
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass
@@ -150,7 +149,7 @@ async def send_labels(client: RiskClient, labels: Sequence[Label], outcome: Outc
             Feedback(
                 prediction_id=outcome.predictions[label.transaction_id],
                 is_fraud=label.is_fraud,
-                observed_at=_EPOCH + timedelta(microseconds=label.due_us),
+                observed_at=EPOCH + timedelta(microseconds=label.due_us),
             )
             for label in ready[start : start + FEEDBACK_BATCH]
         ]

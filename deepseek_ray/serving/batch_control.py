@@ -170,9 +170,9 @@ class BatchControl:
         self._time.observe(self.padded(size), seconds)
         if self.knows:
             self.loop_s = self._loop()
-        if self.objective_s and self.knows:
-            self.cap = self._best()
-        self._slow = self._margin()
+            if self.objective_s:
+                self.cap = self._best()
+            self._slow = self._margin()
 
     def answered(self, woke_s: float, left_s: float) -> None:
         """Take in how long after a batch the event loop woke up, and its last answer left.
@@ -195,7 +195,7 @@ class BatchControl:
 
     def batch_s(self, size: int) -> float:
         """Expected seconds of a batch; 0 while nothing is known."""
-        if self._time.batches < MIN_BATCHES:
+        if not self.knows:
             return 0.0
         return self._time.mean_s(pad_to(size, self._buckets) if self._buckets else size)
 
@@ -218,7 +218,7 @@ class BatchControl:
             ahead: items that wait before this one.
             weight: what this one counts for.
         """
-        if self._time.batches < MIN_BATCHES:
+        if not self.knows:
             return 0.0
         full, rest = divmod(ahead, self.cap)
         if rest and rest + weight > self.cap:  # it does not fit behind the others

@@ -114,8 +114,6 @@ class DeferredStore(StateMemory):
 
     def give_up(self) -> None:
         """Leave what is kept to the log; the cache still has it, as long as there is room."""
-        for key, (_, state, _) in self._kept.items():
-            self._cache.put(key, state)
         self._kept = {}
         self._cache.trim()
 
